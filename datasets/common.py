@@ -1,0 +1,237 @@
+"""What every data set shares: split files, few-shot samples with their cache, and the base/new halves of the classes.
+
+Files and draws are interchangeable with CoOp's: the same `split_zhou_*.json`, the same images for the same seed, and its
+pickled caches are read (through an unpickler that can build nothing but Dassl's `Datum`). What is written here is JSON.
+"""
+
+import json
+import math
+import os
+import pickle
+import random
+from typing import NamedTuple
+
+from dassl.data.datasets import Datum
+
+
+class Row(NamedTuple):
+    """One image as the files list it; has the attributes of Dassl's `Datum` but does not touch the disk."""
+
+    impath: str
+    label: int
+    classname: str
+    domain: int = 0
+
+
+def write_json(content, path):
+    """Write `content` as JSON so that `path` is either whole or absent, also when several processes write it at once."""
+    aside = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(aside, "w") as file:
+            json.dump(content, file)
+        os.replace(aside, path)
+    except BaseException:
+        if os.path.exists(aside):
+            os.unlink(aside)
+        raise
+
+
+def write_cache(content, path):
+    """Like `write_json`, for files that only save time: in a folder that cannot be written, say so and go on."""
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        write_json(content, path)
+    except OSError as error:
+        print(f"Not saved: {path} ({error.strerror}); it is made again in the next run")
+
+
+def read_json(path):
+    """The content of a JSON file; raises ValueError with one line if it is damaged."""
+    try:
+        with open(path) as file:
+            return json.load(file)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it or fetch it again") from None
+
+
+def pack(items, folder):
+    """Items as JSON rows `[path relative to folder, label, class name]`, the format of `split_zhou_*.json`."""
+    return [(os.path.relpath(item.impath, folder), item.label, item.classname) for item in items]
+
+
+def unpack(rows, folder, path):
+    """JSON rows as `Row`s with whole paths; raises ValueError naming `path`, the file that holds them, if they are no rows."""
+    try:
+        return [Row(os.path.join(folder, row[0]), int(row[1]), row[2], *row[3:]) for row in rows]
+    except (TypeError, ValueError, IndexError, KeyError):
+        raise ValueError(f"{path} does not hold [path, label, class name] rows: delete it or fetch it again") from None
+
+
+def read_split(path, image_dir):
+    """The (train, val, test) `Row` lists of a `split_zhou_*.json` file."""
+    split = read_json(path)
+    try:
+        return tuple(unpack(split[part], image_dir, path) for part in ("train", "val", "test"))
+    except (KeyError, TypeError):
+        raise ValueError(f"{path} lacks one of the lists train, val, test: delete it or fetch it again") from None
+
+
+def datums(items, what="the split"):
+    """Items as Dassl's `Datum`s. Images that are not on disk are left out with a count.
+
+    Raises FileNotFoundError with one line if every one of them is missing.
+    """
+    found = [item for item in items if isinstance(item, Datum) or os.path.isfile(item.impath)]
+    missing = len(items) - len(found)
+    if missing:
+        example = next(item.impath for item in items if not os.path.isfile(item.impath))
+        if not found:
+            raise FileNotFoundError(f"none of the {missing} images of {what} is on disk, e.g. {example}")
+        print(f"Left out {missing} of the {len(items)} images of {what} that are not on disk, e.g. {example}")
+    return [
+        item if isinstance(item, Datum) else Datum(item.impath, item.label, item.domain, item.classname)
+        for item in found
+    ]
+
+
+class _DatumUnpickler(pickle.Unpickler):
+    """Builds `Datum`s, lists, dicts, strings and numbers, and nothing else: an unpickler that cannot run code."""
+
+    class _Item:
+        pass
+
+    def find_class(self, module, name):
+        if name == "Datum" and module.split(".")[0] == "dassl":
+            return self._Item
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def read_pickled(path, folder):
+    """CoOp's pickled cache as {part: list of `Row`}; only `Datum`s may be inside.
+
+    Paths were absolute where the file was written; where they do not exist, the part after `folder`'s name is looked for
+    in `folder`, so that caches survive a move of the data. Raises ValueError with one line for any other pickle.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = _DatumUnpickler(file).load()
+        name = os.path.basename(folder)
+        parts = {}
+        for part, items in content.items():
+            states = [vars(item) for item in items]
+            first = states[0]["_impath"] if states else ""
+            moved = bool(first) and not os.path.isfile(first)
+            parts[part] = [
+                Row(
+                    _moved(state["_impath"], name, folder) if moved else state["_impath"],
+                    state["_label"],
+                    state["_classname"],
+                    state["_domain"],
+                )
+                for state in states
+            ]
+        return parts
+    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, KeyError, ValueError, IndexError) as error:
+        raise ValueError(f"{path} is not a cache of image lists ({error}): delete it") from None
+
+
+def _moved(impath, name, folder):
+    _, mark, after = impath.replace("\\", "/").rpartition(f"/{name}/")
+    return os.path.join(folder, after) if mark else impath
+
+
+def few_shots(dataset_base, train, val, num_shots, seed, cache_dir, rng=None):
+    """Draw `num_shots` images of each class for training and `min(num_shots, 4)` for validation.
+
+    Draws are CoOp's for the same seed, and do not disturb the global random state. They are kept in
+    `cache_dir/shot_{num_shots}-seed_{seed}.json`; CoOp's own `.pkl` of that name is taken where it exists.
+
+    Args:
+        dataset_base: the DatasetBase that asks; its `split_dataset_by_label` groups the images.
+        train, val: lists of items with impath, label, classname and domain; val may be None.
+        num_shots: images of a class; below 1 everything is kept.
+        seed: cfg.SEED; a negative seed draws differently each time.
+        cache_dir: usually `<data set's folder>/split_fewshot`; paths are kept relative to the folder it lies in.
+        rng: a random.Random already in use for this data set, else a new one of that seed.
+
+    Returns: (train, val), lists of Datum (val None if it was None).
+    Raises: ValueError (damaged cache), FileNotFoundError (no image on disk).
+    """
+    if num_shots >= 1:
+        folder = os.path.dirname(os.path.abspath(cache_dir))
+        name = os.path.join(cache_dir, f"shot_{num_shots}-seed_{seed}")
+        pickled, own = f"{name}.pkl", f"{name}.json"
+        if os.path.exists(pickled) or os.path.exists(own):
+            path = pickled if os.path.exists(pickled) else own
+            print(f"Loading preprocessed few-shot data from {path}")
+            parts = read_pickled(path, folder) if path == pickled else read_json(path)
+            try:
+                train = _rows(parts["train"], folder, path)
+                val = None if val is None else _rows(parts["val"], folder, path)
+            except (KeyError, TypeError):
+                raise ValueError(f"{path} lacks the list train or val: delete it") from None
+        else:
+            rng = rng or random.Random(seed if seed >= 0 else None)
+            print(f"Creating a {num_shots}-shot dataset")
+            train = _draw(dataset_base, train, num_shots, rng)
+            val = None if val is None else _draw(dataset_base, val, min(num_shots, 4), rng)
+            parts = {part: items for part, items in (("train", train), ("val", val)) if items is not None}
+            print(f"Saving preprocessed few-shot data to {own}")
+            write_cache({part: _pack_with_domain(items, folder) for part, items in parts.items()}, own)
+    return datums(train, "the training split"), None if val is None else datums(val, "the validation split")
+
+
+def _rows(rows, folder, path):
+    return rows if rows and isinstance(rows[0], Row) else unpack(rows, folder, path)
+
+
+def _pack_with_domain(items, folder):
+    return [(*row, item.domain) for row, item in zip(pack(items, folder), items)]
+
+
+def _draw(dataset_base, items, num_shots, rng):
+    drawn = []
+    for group in dataset_base.split_dataset_by_label(items).values():
+        drawn.extend(rng.sample(group, num_shots) if len(group) >= num_shots else group)
+    return drawn
+
+
+def subsample_classes(*splits, subsample="all"):
+    """Keep the base classes (first half of the sorted labels, the larger one if odd) or the new ones, labels from 0.
+
+    Args:
+        splits: lists of Datum; the labels of the first one are the classes. None stays None.
+        subsample: "all", "base" or "new".
+
+    Returns: a tuple of as many lists. Raises: ValueError for another `subsample`.
+    """
+    if subsample not in ("all", "base", "new"):
+        raise ValueError(f"DATASET.SUBSAMPLE_CLASSES is {subsample!r}: take all, base or new")
+    if subsample == "all":
+        return splits
+    labels = sorted({item.label for item in splits[0]})
+    half = math.ceil(len(labels) / 2)
+    print(f"SUBSAMPLE {subsample.upper()} CLASSES!")
+    new_label = {label: i for i, label in enumerate(labels[:half] if subsample == "base" else labels[half:])}
+    return tuple(
+        split
+        and [
+            Datum(item.impath, new_label[item.label], item.domain, item.classname)
+            for item in split
+            if item.label in new_label
+        ]
+        for split in splits
+    )
+
+
+def splits_of_the_protocol(cfg, train, val, test):
+    """The three splits that a run of `cfg` uses, given those of all classes.
+
+    Usually `subsample_classes`. PromptKD's base-to-novel protocol (TRAINER.MODAL "base2novel") trains on the unlabelled
+    images of all classes and tests twice, so there val holds the base classes' test images and test the new ones'.
+    """
+    if cfg.TRAINER.NAME.startswith("PromptKD") and cfg.TRAINER.get("MODAL") == "base2novel":
+        _, base = subsample_classes(train, test, subsample="base")
+        _, new = subsample_classes(train, test, subsample="new")
+        return train, base, new
+    return subsample_classes(train, val, test, subsample=cfg.DATASET.SUBSAMPLE_CLASSES)
