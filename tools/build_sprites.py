@@ -4,8 +4,8 @@
 
 ``DIR/<vendor>`` holds an unpacked ``@iconify-json/<vendor>`` package (``npm pack @iconify-json/noto`` and so on; with
 ``--download`` the script calls npm itself). Every concept that all nine vendors drew becomes a class, less the ones
-that no picture can name (flags, keycaps, clock faces, plain buttons) and the expressions of the yellow face. One lossless WebP sheet is written
-for each vendor, with the concepts in the order of ``concepts.json``.
+that no picture can name (flags, keycaps, clock faces, plain buttons), the expressions of the yellow face, heads beside a
+whole animal and names of more than two words. One lossless WebP sheet is written for each vendor, with the concepts in the order of ``concepts.json``.
 """
 
 import argparse
@@ -40,9 +40,7 @@ UNNAMEABLE = re.compile(
     r"part|exclamation|question|om$|star-of|wheel-of|yin|cross$|peace|menorah|six-pointed|khanda)"
 )
 
-EXPRESSION = re.compile(
-    r"(?<!cat)(?<!cow)(?<!dog)(?<!dragon)(?<!horse)(?<!monkey)(?<!mouse)(?<!pig)(?<!rabbit)(?<!tiger)-face(-|$)|^face-"
-)
+EXPRESSION = re.compile(r"-face(-|$)|^face-|^eyes$|^sparkle$|^tram-car$|^(blue|green|orange)-book$|^round-pushpin$|^old-key$")
 
 
 def read_package(folder: Path) -> dict[str, str]:
@@ -77,7 +75,7 @@ def choose_concepts(packages: dict[str, dict], at_least: int) -> tuple[list[str]
         # the spelling with most hyphens that two vendors agree on, else the most common
         spellings = sorted(hyphenated[key].items(), key=lambda kv: (kv[1] >= 2, kv[0].count("-"), kv[1]))
         name = spellings[-1][0]
-        if n < at_least or UNNAMEABLE.search(name) or EXPRESSION.search(name):
+        if n < at_least or UNNAMEABLE.search(name) or EXPRESSION.search(name) or name.count("-") > 1:
             continue
         if not any(c.isdigit() for c in name):
             names[key] = name
