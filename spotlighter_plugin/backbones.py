@@ -1,0 +1,212 @@
+"""OpenAI CLIP by name or by path, or the bundled tiny CLIP; its text tower on any token embeddings.
+
+`load_clip` is the only entrance for weights: every model is built by OpenAI's own `build_model`, in float32, and
+`apply_precision` then makes of it what the PREC option asks for.
+"""
+
+from __future__ import annotations
+
+import os
+import urllib.error
+import zipfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from clip import clip as openai_clip
+from clip.model import CLIP, VisionTransformer, build_model, convert_weights
+
+TINY_WEIGHTS = Path(__file__).parent / "weights" / "tiny_clip.safetensors"
+PRECISIONS = ("fp16", "fp32", "amp")
+TEXT_CHUNK = 256  # classes that go through the text tower at once when no gradient is kept
+
+_VOCABULARY = 49408  # OpenAI's byte-pair vocabulary
+_REQUIRED = ("text_projection", "token_embedding.weight", "positional_embedding", "ln_final.weight", "logit_scale")
+
+
+def load_clip(name: str, device: str | torch.device = "cpu") -> CLIP:
+    """Load a CLIP model in float32 and evaluation mode.
+
+    name: one of OpenAI's names (downloaded with its checksum into ~/.cache/clip), "tiny" (the bundled model), or a path
+        to a TorchScript archive, a state dict (.pt, .pth) or a .safetensors file.
+    Raises ValueError (unknown name, file that holds no CLIP), FileNotFoundError (no such file), ConnectionError (the
+        download failed); each is one line.
+    """
+    path = _locate(str(name))
+    state_dict = _expand_vocabulary(_read_state_dict(path))
+    return _build(state_dict, path).to(device)
+
+
+def require_vision_transformer(clip_model: CLIP, name: str) -> None:
+    """Raise ValueError unless the image tower is a vision transformer (Spotlighter selects among its tokens)."""
+    if not isinstance(clip_model.visual, VisionTransformer):
+        names = ", ".join(n for n in openai_clip._MODELS if n.startswith("ViT"))
+        raise ValueError(f"backbone {name} is a ResNet and has no tokens to select: set MODEL.BACKBONE.NAME to {names}")
+
+
+def apply_precision(model: torch.nn.Module, precision: str) -> torch.nn.Module:
+    """Cast a CLIP model in place: "fp16" as OpenAI does (LayerNorm and embeddings stay float32), else float32."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"PREC {precision!r} is unknown: choose one of {', '.join(PRECISIONS)}")
+    model.float()
+    if precision == "fp16":
+        convert_weights(model)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------- the text tower
+
+
+def tokenize(texts: list[str]) -> torch.Tensor:
+    """OpenAI's tokens of each text, (C, 77). Raises ValueError for a text that does not fit."""
+    try:
+        return openai_clip.tokenize(texts)  # (C, 77)
+    except RuntimeError as error:
+        raise ValueError(f"{error}: shorten the class name or the prompt (N_CTX, CTX_INIT)") from None
+
+
+def encode_tokens(tower: torch.nn.Module, embeddings: torch.Tensor, tokenized: torch.Tensor) -> torch.Tensor:
+    """Run CLIP's text tower on given token embeddings.
+
+    tower: anything with transformer, positional_embedding, ln_final and text_projection (a CLIP, a TextEncoder).
+    embeddings: (C, T, w); tokenized: (C, T) ids, whose largest id marks the end of a text.
+    Returns (C, d), not normalized. What follows the longest text's end is never computed: attention is causal, so
+    nothing before it depends on it. Without gradient, classes go through in chunks of TEXT_CHUNK.
+    """
+    if torch.is_grad_enabled() or len(embeddings) <= TEXT_CHUNK:
+        return _encode_chunk(tower, embeddings, tokenized)
+    pairs = zip(embeddings.split(TEXT_CHUNK), tokenized.split(TEXT_CHUNK), strict=True)
+    return torch.cat([_encode_chunk(tower, chunk, ids) for chunk, ids in pairs])  # (C, d)
+
+
+@torch.no_grad()
+def encode_prompts(clip_model: CLIP, texts: list[str]) -> torch.Tensor:
+    """Text embeddings of whole sentences, normalized, without gradient: (C, d)."""
+    features = []
+    for ids in tokenize(texts).to(clip_model.token_embedding.weight.device).split(TEXT_CHUNK):
+        embeddings = clip_model.token_embedding(ids).type(clip_model.dtype)  # (chunk, 77, w)
+        features.append(encode_tokens(clip_model, embeddings, ids))
+    features = torch.cat(features)  # (C, d)
+    return features / features.norm(dim=-1, keepdim=True)
+
+
+def _encode_chunk(tower, embeddings, tokenized):
+    end = tokenized.argmax(dim=-1)  # (C,) position of the end-of-text token
+    length = int(end.max()) + 1
+    x = embeddings[:, :length] + tower.positional_embedding[:length].type(embeddings.dtype)  # (C, length, w)
+    with _causal_mask_of(tower.transformer, length):
+        x = tower.transformer(x.permute(1, 0, 2))  # (length, C, w)
+    x = x[end.to(x.device), torch.arange(x.shape[1], device=x.device)]  # (C, w)
+    return tower.ln_final(x) @ tower.text_projection  # (C, d)
+
+
+@contextmanager
+def _causal_mask_of(transformer, length):
+    """Let the transformer's blocks see sequences of `length`: OpenAI's blocks hold the mask of the full context."""
+    masks = [block.attn_mask for block in transformer.resblocks]
+    for block, mask in zip(transformer.resblocks, masks, strict=True):
+        block.attn_mask = mask[:length, :length]
+    try:
+        yield
+    finally:
+        for block, mask in zip(transformer.resblocks, masks, strict=True):
+            block.attn_mask = mask
+
+
+# --------------------------------------------------------------------------------------------------- reading, writing
+
+
+def save_compact(
+    state_dict: dict[str, torch.Tensor],
+    path: str | os.PathLike,
+    metadata: dict[str, str],
+    rows: torch.Tensor,
+    half: bool = True,
+) -> None:
+    """Write a CLIP state dict as safetensors with only the vocabulary rows in use; `load_clip` reads it back.
+
+    rows: (R,) ids of the used tokens, ascending; state_dict["token_embedding.weight"] holds the whole vocabulary
+        (then its rows are taken) or just these R rows. half: store in float16 (the temperature stays float32).
+    """
+    tensors = {key: value.detach().cpu() for key, value in state_dict.items()}
+    table = tensors["token_embedding.weight"]
+    tensors["token_embedding.weight"] = table if len(table) == len(rows) else table[rows.cpu()]  # (R, w)
+    if half:
+        tensors = {k: v.half() if v.is_floating_point() and v.dim() else v for k, v in tensors.items()}
+    tensors["token_embedding.rows"] = rows.cpu().long()
+    tensors = {key: value.contiguous() for key, value in tensors.items()}
+    path = Path(path)
+    aside = path.with_name(path.name + ".part")
+    safetensors.torch.save_file(tensors, aside, metadata={key: str(value) for key, value in metadata.items()})
+    os.replace(aside, path)
+
+
+def _locate(name: str) -> Path:
+    if name == "tiny":
+        path = TINY_WEIGHTS
+    elif name in openai_clip._MODELS:
+        return _download(name)
+    else:
+        path = Path(name).expanduser()
+        if not path.suffix and not path.is_file():
+            names = ", ".join(["tiny", *openai_clip._MODELS])
+            raise ValueError(f"backbone {name!r} is unknown: set MODEL.BACKBONE.NAME to one of {names}, or to a file")
+    if not path.is_file():
+        raise FileNotFoundError(f"backbone weights {path} do not exist: set MODEL.BACKBONE.NAME to a file that does")
+    return path
+
+
+def _download(name: str) -> Path:
+    try:
+        return Path(openai_clip._download(openai_clip._MODELS[name], os.path.expanduser("~/.cache/clip")))
+    except (urllib.error.URLError, OSError, RuntimeError) as error:
+        raise ConnectionError(
+            f"weights of {name} could not be downloaded ({error}): put {openai_clip._MODELS[name].split('/')[-1]} into "
+            "~/.cache/clip, or set MODEL.BACKBONE.NAME to its path"
+        ) from None
+
+
+def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        if _is_torchscript(path):
+            return torch.jit.load(path, map_location="cpu").state_dict()
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # each format has its own error for a damaged file
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is truncated or no checkpoint ({reason[:120]}): fetch it again") from None
+    content = content.get("state_dict", content) if isinstance(content, dict) else {}
+    return dict(content)
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any("/code/" in entry for entry in archive.namelist())
+
+
+def _expand_vocabulary(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Give a compact vocabulary its full height again; rows that were left out become the mean of those kept."""
+    rows = state_dict.pop("token_embedding.rows", None)
+    if rows is None:
+        return state_dict
+    used = state_dict["token_embedding.weight"].float()  # (R, w)
+    table = used.mean(dim=0).repeat(_VOCABULARY, 1)  # (49408, w)
+    table[rows] = used
+    return state_dict | {"token_embedding.weight": table}
+
+
+def _build(state_dict: dict[str, torch.Tensor], path: Path) -> CLIP:
+    missing = [key for key in _REQUIRED if key not in state_dict]
+    if missing:
+        raise ValueError(f"{path} holds no CLIP of OpenAI's architecture: {missing[0]} is missing")
+    try:
+        model = build_model(dict(state_dict)).float()  # rounds to half on its way, so the weights are read once more
+        model.load_state_dict({key: state_dict[key] for key in model.state_dict()})
+    except (RuntimeError, KeyError, IndexError, AssertionError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is no CLIP of OpenAI's architecture: {reason[:200]}") from None
+    return model.eval()

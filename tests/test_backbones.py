@@ -1,0 +1,180 @@
+"""backbones.py: where weights come from, what is said when they are bad, and the trimmed text tower."""
+
+import pytest
+import torch
+from clip.model import CLIP
+from random_clips import random_clip
+from safetensors.torch import save_file
+
+from spotlighter_plugin import backbones
+from spotlighter_plugin.backbones import (
+    apply_precision,
+    encode_prompts,
+    encode_tokens,
+    load_clip,
+    require_vision_transformer,
+    save_compact,
+    tokenize,
+)
+from spotlighter_plugin.prompting import normalize
+
+TEXTS = ["a photo of a dog.", "red", "a very long sentence about many different small things in one picture."]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_clip()
+
+
+def test_a_state_dict_comes_back_bit_for_bit(model, tmp_path):
+    for name in ("weights.pt", "weights.pth"):
+        torch.save(model.state_dict(), tmp_path / name)
+        loaded = load_clip(str(tmp_path / name))
+        assert all(torch.equal(value, model.state_dict()[key]) for key, value in loaded.state_dict().items())
+        assert loaded.dtype == torch.float32 and not loaded.training
+    save_file({k: v.clone() for k, v in model.state_dict().items()}, tmp_path / "weights.safetensors")
+    loaded = load_clip(str(tmp_path / "weights.safetensors"))
+    assert torch.equal(loaded.visual.proj, model.visual.proj)
+
+
+def test_a_torchscript_archive_loads(model, tmp_path):
+    traced = torch.jit.trace(model, (torch.zeros(1, 3, 32, 32), tokenize(["red"])), check_trace=False)
+    traced.save(str(tmp_path / "archive.pt"))
+    loaded = load_clip(str(tmp_path / "archive.pt"))
+    assert torch.equal(loaded.text_projection, model.text_projection)
+
+
+def test_the_compact_format_keeps_used_words_and_gives_the_others_their_mean(model, tmp_path):
+    rows = tokenize(TEXTS).unique().long()
+    save_compact(model.state_dict(), tmp_path / "c.safetensors", {"seed": "1"}, rows, half=False)
+    assert (tmp_path / "c.safetensors").stat().st_size < 4_000_000
+    loaded = load_clip(str(tmp_path / "c.safetensors"))
+    assert torch.equal(encode_prompts(loaded, TEXTS), encode_prompts(model, TEXTS))
+    table = loaded.token_embedding.weight
+    assert table.shape == (49408, 64)
+    unused = next(i for i in range(49408) if i not in rows)
+    torch.testing.assert_close(table[unused], table[rows].mean(0))
+
+
+def test_the_compact_format_takes_a_vocabulary_that_is_already_compact_and_half_stays_close(model, tmp_path):
+    rows = tokenize(TEXTS).unique().long()
+    state = model.state_dict() | {"token_embedding.weight": model.token_embedding.weight[rows]}
+    save_compact(state, tmp_path / "c.safetensors", {}, rows)
+    loaded = load_clip(str(tmp_path / "c.safetensors"))
+    assert loaded.dtype == torch.float32 and torch.equal(loaded.logit_scale, model.logit_scale)
+    torch.testing.assert_close(encode_prompts(loaded, TEXTS), encode_prompts(model, TEXTS), atol=5e-3, rtol=0)
+
+
+def test_trimming_after_the_longest_text_changes_nothing(model):
+    ids = tokenize(TEXTS)
+    whole = normalize(model.encode_text(ids))
+    trimmed = normalize(encode_tokens(model, model.token_embedding(ids), ids))
+    assert (whole - trimmed).abs().max() < 1e-6
+    assert model.transformer.resblocks[0].attn_mask.shape == (77, 77)
+
+
+def test_the_trimmed_tower_still_carries_gradient_to_the_embeddings(model):
+    ids = tokenize(TEXTS)
+    embeddings = model.token_embedding(ids).detach().requires_grad_()
+    encode_tokens(model, embeddings, ids).sum().backward()
+    assert embeddings.grad[:, 1].abs().sum() > 0 and embeddings.grad[1, 10:].abs().sum() == 0
+
+
+def test_many_classes_in_chunks_equal_all_at_once(model, monkeypatch):
+    ids = tokenize(TEXTS * 4)
+    embeddings = model.token_embedding(ids).detach()
+    at_once = normalize(encode_tokens(model, embeddings, ids))
+    monkeypatch.setattr(backbones, "TEXT_CHUNK", 5)
+    with torch.no_grad():
+        assert (normalize(encode_tokens(model, embeddings, ids)) - at_once).abs().max() < 1e-6
+
+
+def test_an_interrupted_pass_gives_the_blocks_their_masks_back(model):
+    ids = tokenize(["red"])
+    with pytest.raises(RuntimeError):
+        encode_tokens(model, torch.zeros(1, 77, 3), ids)
+    assert model.transformer.resblocks[0].attn_mask.shape == (77, 77)
+
+
+def test_fp16_halves_the_matrices_and_keeps_layer_norms(tmp_path):
+    model = apply_precision(random_clip(), "fp16")
+    assert model.dtype == torch.float16 and model.ln_final.weight.dtype == torch.float32
+    features = encode_prompts(model, TEXTS)
+    assert features.dtype == torch.float16
+    torch.testing.assert_close(features.float(), encode_prompts(random_clip(), TEXTS), atol=1e-2, rtol=0)
+    assert apply_precision(model, "amp").dtype == torch.float32
+    with pytest.raises(ValueError, match="fp8"):
+        apply_precision(model, "fp8")
+
+
+def one_line(error):
+    return "\n" not in str(error.value)
+
+
+def test_an_unknown_name_is_told_the_known_ones():
+    with pytest.raises(ValueError, match="ViT-B/17.*ViT-B/16") as error:
+        load_clip("ViT-B/17")
+    assert one_line(error)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere.pt") as error:
+        load_clip(str(tmp_path / "nowhere.pt"))
+    assert one_line(error)
+
+
+@pytest.mark.parametrize("name", ["cut.pt", "cut.safetensors"])
+def test_a_truncated_file_is_named(model, tmp_path, name):
+    whole = tmp_path / name.replace("cut", "whole")
+    if name.endswith("pt"):
+        torch.save(model.state_dict(), whole)
+    else:
+        save_file({k: v.clone() for k, v in model.state_dict().items()}, whole)
+    (tmp_path / name).write_bytes(whole.read_bytes()[:100_000])
+    with pytest.raises(ValueError, match=f"{name} is truncated") as error:
+        load_clip(str(tmp_path / name))
+    assert one_line(error)
+
+
+def test_another_architecture_is_named(model, tmp_path):
+    torch.save({"fc.weight": torch.zeros(2, 2)}, tmp_path / "other.pt")
+    state = model.state_dict()
+    torch.save(state | {"visual.proj": torch.zeros(100, 64)}, tmp_path / "width.pt")
+    for name in ("other.pt", "width.pt"):
+        with pytest.raises(ValueError, match=f"{name}.*OpenAI's architecture") as error:
+            load_clip(str(tmp_path / name))
+        assert one_line(error)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "was_run"), "w"))
+
+    torch.save({"text_projection": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(ValueError, match="evil.pt"):
+        load_clip(str(tmp_path / "evil.pt"))
+    assert not (tmp_path / "was_run").exists()
+
+
+def test_a_resnet_backbone_is_refused_by_name(model):
+    resnet = CLIP(64, 32, (1, 1, 1, 1), 2, None, 77, 100, 64, 1, 1)
+    with pytest.raises(ValueError, match="RN50 is a ResNet") as error:
+        require_vision_transformer(resnet, "RN50")
+    assert one_line(error)
+    require_vision_transformer(model, "ViT-B/16")
+
+
+def test_a_failed_download_says_where_to_put_the_file(monkeypatch):
+    def refuse(url, root):
+        raise OSError("no route")
+
+    monkeypatch.setattr(backbones.openai_clip, "_download", refuse)
+    with pytest.raises(ConnectionError, match="ViT-B-16.pt") as error:
+        load_clip("ViT-B/16")
+    assert one_line(error)
+
+
+def test_a_text_that_is_too_long_says_what_to_shorten():
+    with pytest.raises(ValueError, match="N_CTX"):
+        tokenize(["word " * 90])

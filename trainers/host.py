@@ -1,0 +1,120 @@
+"""What the host trainers share: backbone and precision from the options, one training step, loading a checkpoint."""
+
+from __future__ import annotations
+
+import os.path as osp
+
+import torch
+from dassl.engine import TrainerX
+from dassl.optim import build_lr_scheduler, build_optimizer
+from dassl.utils import load_checkpoint, load_pretrained_weights
+
+from spotlighter_plugin.backbones import PRECISIONS, apply_precision, load_clip, require_vision_transformer
+
+
+def load_backbone(cfg, precision="fp32", name=None):
+    """The CLIP that MODEL.BACKBONE.NAME (or `name`) names, in the given precision, checked against INPUT.SIZE."""
+    name = name or cfg.MODEL.BACKBONE.NAME
+    print(f"Loading CLIP (backbone: {name})")
+    clip_model = apply_precision(load_clip(name), precision)
+    size, needed = tuple(cfg.INPUT.SIZE), clip_model.visual.input_resolution
+    if size != (needed, needed):
+        raise ValueError(f'INPUT.SIZE {size} does not suit backbone {name}: set INPUT.SIZE "({needed}, {needed})"')
+    return clip_model
+
+
+def load_weights(module, state_dict, source):
+    """Load what a checkpoint has for `module`, apart from token buffers, which belong to its own class names.
+
+    Raises ValueError (one line) if a tensor has another shape, or if nothing in it belongs to a trained parameter.
+    """
+    given = {k: v for k, v in state_dict.items() if not k.split(".")[-1].startswith(("token_prefix", "token_suffix"))}
+    own = module.state_dict()
+    for key, value in given.items():
+        if key in own and own[key].shape != value.shape:
+            raise ValueError(
+                f"{source} holds {key} of shape {tuple(value.shape)}, the model wants {tuple(own[key].shape)}: "
+                "give the options and the backbone that it was trained with"
+            )
+    trained = {key for key, parameter in module.named_parameters() if parameter.requires_grad}
+    if trained and not trained & given.keys():
+        raise ValueError(f"{source} holds none of the trained parameters ({min(trained)}, …): it is another model's")
+    module.load_state_dict(given, strict=False)
+
+
+class HostTrainer(TrainerX):
+    """A prompt-tuning trainer. A host names its options and its checkpoint folder, makes its model and its loss."""
+
+    options = ""  # name of its node under cfg.TRAINER
+    checkpoint = "prompt_learner"  # upstream's name of the registered model
+    needs_vision_transformer = False
+
+    def make_model(self, clip_model, class_names):
+        """Return the host's model with requires_grad set on exactly the parameters it trains."""
+        raise NotImplementedError
+
+    def registered(self, model):
+        """The part of the model that is saved and given to the optimizer."""
+        return model
+
+    def objective(self, images, labels):
+        """Return the loss and a dict of numbers to log."""
+        raise NotImplementedError
+
+    @property
+    def host_options(self):
+        return self.cfg.TRAINER[self.options]
+
+    def check_cfg(self, cfg):
+        precision = cfg.TRAINER[self.options].PREC
+        if precision not in PRECISIONS:
+            raise ValueError(
+                f"TRAINER.{self.options}.PREC {precision!r} is unknown: choose one of {', '.join(PRECISIONS)}"
+            )
+
+    def build_model(self):
+        cfg, precision = self.cfg, self.host_options.PREC
+        clip_model = load_backbone(cfg, precision)
+        if self.needs_vision_transformer:
+            require_vision_transformer(clip_model, cfg.MODEL.BACKBONE.NAME)
+        clip_model.requires_grad_(False)
+        self.model = self.make_model(clip_model, self.dm.dataset.classnames).to(self.device)
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        print(f"Trainable parameters: {trained:,}")
+
+        part = self.registered(self.model)
+        if cfg.MODEL.INIT_WEIGHTS:
+            load_pretrained_weights(part, cfg.MODEL.INIT_WEIGHTS)
+        self.optim = build_optimizer([p for p in part.parameters() if p.requires_grad], cfg.OPTIM)
+        self.sched = build_lr_scheduler(self.optim, cfg.OPTIM)
+        self.register_model(self.checkpoint, part, self.optim, self.sched)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "amp" and self.device.type == "cuda")
+
+    def forward_backward(self, batch):
+        images, labels = self.parse_batch_train(batch)
+        with torch.autocast(self.device.type, enabled=self.host_options.PREC == "amp"):
+            loss, summary = self.objective(images, labels)
+        self.detect_anomaly(loss)
+        self.optim.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optim)
+        self.scaler.update()
+        if self.batch_idx + 1 == self.num_batches:
+            self.update_lr()
+        return {"loss": loss.item(), **summary}
+
+    def parse_batch_train(self, batch):
+        return batch["img"].to(self.device), batch["label"].to(self.device)
+
+    def load_model(self, directory, epoch=None):
+        if not directory:
+            print("No folder to load from was given (--model-dir): the model stays as it is")
+            return
+        file_name = "model-best.pth.tar" if epoch is None else f"model.pth.tar-{epoch}"
+        for name in self.get_model_names():
+            path = osp.join(directory, name, file_name)
+            if not osp.exists(path):
+                raise FileNotFoundError(f'Model not found at "{path}": set --model-dir and --load-epoch')
+            content = load_checkpoint(path)
+            load_weights(self._models[name], content["state_dict"], path)
+            print(f'Loaded {name} from "{path}" (epoch = {content["epoch"]})')
