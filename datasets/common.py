@@ -1,7 +1,7 @@
 """What every data set shares: split files, few-shot samples with their cache, and the base/new halves of the classes.
 
-Files and draws are interchangeable with CoOp's: the same `split_zhou_*.json`, the same images for the same seed, and its
-pickled caches are read (through an unpickler that can build nothing but Dassl's `Datum`). What is written here is JSON.
+Files and draws are interchangeable with CoOp's: the same `split_zhou_*.json`, the same images for the same seed. Its
+pickled caches are read through an unpickler that can build nothing but Dassl's `Datum`. What is written here is JSON.
 """
 
 import json
@@ -24,7 +24,7 @@ class Row(NamedTuple):
 
 
 def write_json(content, path):
-    """Write `content` as JSON so that `path` is either whole or absent, also when several processes write it at once."""
+    """Write `content` as JSON so that `path` is whole or absent, also when several processes write it."""
     aside = f"{path}.{os.getpid()}.tmp"
     try:
         with open(aside, "w") as file:
@@ -54,13 +54,16 @@ def read_json(path):
         raise ValueError(f"{path} is damaged ({error}): delete it or fetch it again") from None
 
 
-def pack(items, folder):
-    """Items as JSON rows `[path relative to folder, label, class name]`, the format of `split_zhou_*.json`."""
-    return [(os.path.relpath(item.impath, folder), item.label, item.classname) for item in items]
+def pack(items, folder, domain=False):
+    """Items as JSON rows `[path relative to folder, label, class name]`, as in `split_zhou_*.json` (and the domain)."""
+    return [
+        (os.path.relpath(item.impath, folder), item.label, item.classname, *([item.domain] if domain else []))
+        for item in items
+    ]
 
 
 def unpack(rows, folder, path):
-    """JSON rows as `Row`s with whole paths; raises ValueError naming `path`, the file that holds them, if they are no rows."""
+    """JSON rows as `Row`s with whole paths. Raises ValueError naming `path`, the file they are from, if they are not."""
     try:
         return [Row(os.path.join(folder, row[0]), int(row[1]), row[2], *row[3:]) for row in rows]
     except (TypeError, ValueError, IndexError, KeyError):
@@ -109,8 +112,8 @@ class _DatumUnpickler(pickle.Unpickler):
 def read_pickled(path, folder):
     """CoOp's pickled cache as {part: list of `Row`}; only `Datum`s may be inside.
 
-    Paths were absolute where the file was written; where they do not exist, the part after `folder`'s name is looked for
-    in `folder`, so that caches survive a move of the data. Raises ValueError with one line for any other pickle.
+    Paths were absolute where the file was written. Where they do not exist, the part after `folder`'s name is taken to
+    lie in `folder`, so that caches survive a move of the data. Raises ValueError with one line for any other pickle.
     """
     try:
         with open(path, "rb") as file:
@@ -175,18 +178,14 @@ def few_shots(dataset_base, train, val, num_shots, seed, cache_dir, rng=None):
             print(f"Creating a {num_shots}-shot dataset")
             train = _draw(dataset_base, train, num_shots, rng)
             val = None if val is None else _draw(dataset_base, val, min(num_shots, 4), rng)
-            parts = {part: items for part, items in (("train", train), ("val", val)) if items is not None}
+            parts = {"train": train} if val is None else {"train": train, "val": val}
             print(f"Saving preprocessed few-shot data to {own}")
-            write_cache({part: _pack_with_domain(items, folder) for part, items in parts.items()}, own)
+            write_cache({part: pack(items, folder, domain=True) for part, items in parts.items()}, own)
     return datums(train, "the training split"), None if val is None else datums(val, "the validation split")
 
 
 def _rows(rows, folder, path):
     return rows if rows and isinstance(rows[0], Row) else unpack(rows, folder, path)
-
-
-def _pack_with_domain(items, folder):
-    return [(*row, item.domain) for row, item in zip(pack(items, folder), items)]
 
 
 def _draw(dataset_base, items, num_shots, rng):
