@@ -1,0 +1,86 @@
+"""The command `spotlighter`: each command imports what it needs when it is called."""
+
+import importlib
+import os
+import platform
+import sys
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Token selection and a class memory for CLIP prompt tuning.",
+)
+
+
+@app.callback()
+def _commands():
+    """Token selection and a class memory for CLIP prompt tuning."""
+
+
+@app.command()
+def doctor():
+    """Check what this installation needs: versions, imports, bundled weights, the device."""
+    table, sound = Table("check", "found", "", title="spotlighter doctor"), True
+    for name, look in CHECKS.items():
+        try:
+            found, mark = look(), "[green]ok"
+        except Exception as error:
+            found, mark, sound = " ".join(f"{type(error).__name__}: {error}".split())[:100], "[red]missing", False
+        table.add_row(name, found, mark)
+    Console().print(table)
+    if not sound:
+        raise ValueError("something is missing; `make demo` installs everything")
+
+
+def _torch():
+    import torch
+
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return f"{torch.__version__}, {', '.join(devices) or f'CPU, {torch.get_num_threads()} threads'}"
+
+
+def _version(module):
+    return lambda: getattr(importlib.import_module(module), "__version__", "yes")
+
+
+def _dassl():
+    import dassl
+
+    from . import compat
+
+    return f"{dassl.__version__} ({'installed' if compat.real_dassl() else 'our own part of its interface'})"
+
+
+def _tiny_clip():
+    from .backbones import load_clip
+
+    return f"{sum(p.numel() for p in load_clip('tiny').parameters()):,} parameters"
+
+
+CHECKS = {
+    "python >= 3.10": platform.python_version,
+    "torch": _torch,
+    "torchvision": _version("torchvision"),
+    "clip": _version("clip"),
+    "dassl": _dassl,
+    "tiny CLIP": _tiny_clip,
+}
+
+
+def main(argv=None):
+    """Run a command; a mistake is one line on standard error and exit code 1 (SPOTLIGHTER_DEBUG=1: a traceback)."""
+    from .training import one_line
+
+    try:
+        app(args=argv, prog_name="spotlighter")
+    except Exception as error:
+        line = one_line(error)
+        if line is None or os.environ.get("SPOTLIGHTER_DEBUG"):
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,216 @@
+"""What OpenAI's clip, torchvision and Dassl need to run on today's PyTorch, each fix with its reason.
+
+`import spotlighter_plugin` applies the light fixes (`apply`). Those for a real Dassl import it and wait until
+somebody is about to train with it (`prepare_dassl`). Each fix is harmless where it is not needed and acts once.
+"""
+
+import functools
+import importlib
+import importlib.util
+import inspect
+import sys
+import types
+import warnings
+from pathlib import Path
+
+import torch
+
+RUNTIME = Path(__file__).with_name("runtime")
+_libraries = []  # torch.library.Library objects: a declaration lives as long as its object
+
+
+def apply():
+    """Make `import clip`, `import torchvision` and `import dassl` work."""
+    declare_torchvision_operators()
+    silence_clip_import()
+    provide_dassl()
+    if real_dassl():
+        stub_unused_imports()
+        accept_verbose_in_lr_schedulers()
+
+
+def prepare_dassl():
+    """Give the real Dassl what ours has and today's PyTorch needs; nothing to do for ours."""
+    if real_dassl():
+        load_checkpoints_safely()
+        resume_exactly()
+        skip_unreadable_images()
+        name_classes_without_images()
+
+
+def once(fix):
+    """Run a fix the first time only."""
+
+    @functools.wraps(fix)
+    def guarded():
+        if not guarded.done:
+            guarded.done = True
+            fix()
+
+    guarded.done = False
+    return guarded
+
+
+@once
+def declare_torchvision_operators():
+    """torchvision's wheel for CUDA beside a CPU-only torch cannot load its C++ operators; its Python part registers
+    fake kernels for `nms` and `qnms` all the same and fails because nobody declared them. Declaring the two
+    signatures lets it import; clip and Dassl use transforms only, which need no C++ operator."""
+    if importlib.util.find_spec("torchvision") is None or _torchvision_operators_load():
+        return
+    for name in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, name):
+            library = torch.library.Library("torchvision", "FRAGMENT")
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            _libraries.append(library)
+
+
+def _torchvision_operators_load():
+    """Whether torchvision's own extension loads with this torch (tried without importing torchvision)."""
+    if "torchvision" in sys.modules:
+        return True
+    folder = Path(importlib.util.find_spec("torchvision").origin).parent
+    for extension in [*folder.glob("_C*.so"), *folder.glob("_C*.pyd")]:
+        try:
+            torch.ops.load_library(str(extension))
+            return True
+        except OSError:
+            pass
+    return False
+
+
+@once
+def silence_clip_import():
+    """clip imports pkg_resources, whose deprecation notice would open every log; constraints.txt holds setuptools."""
+    warnings.filterwarnings("ignore", message="pkg_resources is deprecated", category=UserWarning)
+
+
+@once
+def provide_dassl():
+    """Dassl is on no package registry. Where it is not installed, our own part of its interface takes its name."""
+    if importlib.util.find_spec("dassl") is None:
+        sys.path.append(str(RUNTIME))
+
+
+def real_dassl():
+    """Whether `import dassl` means the real toolbox."""
+    spec = importlib.util.find_spec("dassl")
+    return spec is not None and not Path(spec.origin).is_relative_to(RUNTIME)
+
+
+@once
+def stub_unused_imports():
+    """Importing Dassl imports `wilds`, `pandas`, `gdown` (three of its benchmarks, a downloader), tabulate (one
+    printed table) and TensorBoard (curves): gigabytes of dependencies that prompt tuning never calls. Missing ones
+    are replaced by modules that import and refuse, or fall back to plain text or silence."""
+    for name in ("wilds", "wilds.common", "wilds.common.data_loaders", "pandas", "gdown"):
+        if not _importable(name):
+            sys.modules[name] = _Refusing(name)
+    if not _importable("tabulate"):
+        sys.modules["tabulate"] = types.ModuleType("tabulate")
+        sys.modules["tabulate"].tabulate = lambda rows, **_: "\n".join("  ".join(map(str, row)) for row in rows)
+    if not _importable("tensorboard"):
+        sys.modules["torch.utils.tensorboard"] = types.ModuleType("torch.utils.tensorboard")
+        sys.modules["torch.utils.tensorboard"].SummaryWriter = _SilentWriter
+
+
+def _importable(name):
+    try:
+        return name in sys.modules or importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+class _Refusing(types.ModuleType):
+    """A module whose every attribute is a class that cannot be used."""
+
+    __path__ = ()
+
+    def __getattr__(self, attribute):
+        if attribute.startswith("__"):
+            raise AttributeError(attribute)
+
+        def refuse(*args, **kwargs):
+            raise ImportError(f"{self.__name__}.{attribute} was called, but {self.__name__} is not installed")
+
+        return type(attribute, (), {"__init__": refuse})
+
+
+class _SilentWriter:
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def add_scalar(self, *args, **kwargs):
+        pass
+
+    def close(self):
+        pass
+
+
+@once
+def accept_verbose_in_lr_schedulers():
+    """Dassl's warm-up schedulers pass `verbose` to LRScheduler, which no longer takes it since PyTorch 2.7."""
+    original = torch.optim.lr_scheduler.LRScheduler.__init__
+    if "verbose" in inspect.signature(original).parameters:
+        return
+
+    @functools.wraps(original)
+    def init(self, optimizer, last_epoch=-1, verbose=False):
+        original(self, optimizer, last_epoch)
+
+    torch.optim.lr_scheduler.LRScheduler.__init__ = init
+
+
+@once
+def load_checkpoints_safely():
+    """Dassl's checkpoints carry the scheduler that follows the warm-up as a whole object, which torch.load refuses
+    since PyTorch 2.6 (weights_only=True). Ours reads old ones without running what they contain and writes aside."""
+    from .runtime.dassl.utils import checkpoint as ours
+
+    dassl_utils = importlib.import_module("dassl.utils")
+    theirs = importlib.import_module("dassl.utils.torchtools")
+    for name in ("load_checkpoint", "save_checkpoint", "resume_from_checkpoint"):
+        for module in (theirs, dassl_utils, sys.modules.get("dassl.engine.trainer")):
+            if hasattr(module, name):
+                setattr(module, name, getattr(ours, name))
+
+
+@once
+def resume_exactly():
+    """Dassl's checkpoints leave out the random-number state, so that a resumed run differs from an uninterrupted
+    one, and hold the successor of a warm-up schedule as an object. The scheduler's state becomes plain values."""
+    from .runtime.dassl.engine import resume
+
+    base = importlib.import_module("dassl.engine.trainer").TrainerBase
+    base.save_model, base.resume_model_if_exist = resume.save_model, resume.resume_model_if_exist
+    warmup = importlib.import_module("dassl.optim.lr_scheduler")._BaseWarmupScheduler
+    parent = torch.optim.lr_scheduler.LRScheduler
+
+    def state_dict(self):
+        return {**parent.state_dict(self), "successor": self.successor.state_dict()}
+
+    def load_state_dict(self, state):
+        self.successor.load_state_dict(state["successor"])
+        parent.load_state_dict(self, {key: value for key, value in state.items() if key != "successor"})
+
+    warmup.state_dict, warmup.load_state_dict = state_dict, load_state_dict
+
+
+@once
+def skip_unreadable_images():
+    """One missing or damaged image ends a Dassl run with a traceback, or with a bare assertion before it begins."""
+    from .runtime.dassl.data import data_manager as ours
+
+    theirs = importlib.import_module("dassl.data.data_manager")
+    theirs.build_data_loader, theirs.DatasetWrapper = ours.build_data_loader, ours.DatasetWrapper
+    importlib.import_module("dassl.data").DatasetWrapper = ours.DatasetWrapper
+    importlib.import_module("dassl.data.datasets.base_dataset").check_isfile = lambda path: True
+
+
+@once
+def name_classes_without_images():
+    """A class without images shows up in Dassl as a mismatch of shapes, far from its cause."""
+    from .runtime.dassl.data.datasets import DatasetBase
+
+    theirs = importlib.import_module("dassl.data.datasets").DatasetBase
+    theirs.get_num_classes = staticmethod(DatasetBase.get_num_classes)

@@ -1,0 +1,357 @@
+"""The training loop, in the small methods that trainers override."""
+
+import datetime
+import math
+import os
+import time
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from ..data import DataManager
+from ..evaluation import build_evaluator
+from ..modeling import build_backbone, build_head
+from ..optim import build_lr_scheduler, build_optimizer
+from ..utils import (
+    AverageMeter,
+    MetricMeter,
+    count_num_param,
+    load_checkpoint,
+    load_pretrained_weights,
+    tolist_if_not,
+)
+from . import resume
+
+try:
+    from torch.utils.tensorboard import SummaryWriter
+except ImportError:  # TensorBoard is optional: without it the log is all there is
+    SummaryWriter = None
+
+
+class SimpleNet(nn.Module):
+    """A registered backbone, a head if MODEL.HEAD names one, and a linear classifier."""
+
+    def __init__(self, cfg, model_cfg, num_classes, **kwargs):
+        super().__init__()
+        body, head = model_cfg.BACKBONE, model_cfg.HEAD
+        self.backbone = build_backbone(body.NAME, cfg.VERBOSE, pretrained=body.PRETRAINED, **kwargs)
+        self.fdim = self.backbone.out_features
+        self.head = None
+        if head.NAME and head.HIDDEN_LAYERS:
+            options = {"activation": head.ACTIVATION, "bn": head.BN, "dropout": head.DROPOUT, **kwargs}
+            self.head = build_head(
+                head.NAME, cfg.VERBOSE, in_features=self.fdim, hidden_layers=head.HIDDEN_LAYERS, **options
+            )
+            self.fdim = self.head.out_features
+        self.classifier = nn.Linear(self.fdim, num_classes) if num_classes > 0 else None
+
+    def forward(self, x, return_feature=False):
+        features = self.backbone(x)
+        if self.head is not None:
+            features = self.head(features)
+        if self.classifier is None:
+            return features
+        logits = self.classifier(features)
+        return (logits, features) if return_feature else logits
+
+
+class TrainerBase:
+    """Tables of models with their optimizers and schedules, and the epoch loop over them."""
+
+    save_model = resume.save_model
+    resume_model_if_exist = resume.resume_model_if_exist
+
+    def __init__(self):
+        self._models, self._optims, self._scheds = {}, {}, {}
+        self._writer = None
+        self.epoch = self.batch_idx = 0
+
+    # -- models ------------------------------------------------------------------------------------------------
+    def register_model(self, name="model", model=None, optim=None, sched=None):
+        """Make `model` known for train/eval mode, saving and loading; its folder in the output is `name`."""
+        if "_models" not in self.__dict__:
+            raise AttributeError("call super().__init__() before register_model()")
+        if name in self._models:
+            raise ValueError(f"a model named {name!r} is registered already")
+        self._models[name], self._optims[name], self._scheds[name] = model, optim, sched
+
+    def get_model_names(self, names=None):
+        if names is None:
+            return list(self._models)
+        names = tolist_if_not(names)
+        if unknown := [name for name in names if name not in self._models]:
+            raise ValueError(f"no model named {unknown}; registered are {list(self._models)}")
+        return names
+
+    def load_model(self, directory, epoch=None):
+        """Load each registered model from `directory`: of that epoch, or the best one. No directory: do nothing."""
+        if not directory:
+            print("Note: load_model() is skipped, no folder is given (--model-dir)")
+            return
+        file = "model-best.pth.tar" if epoch is None else f"model.pth.tar-{epoch}"
+        for name in self.get_model_names():
+            path = os.path.join(directory, name, file)
+            if not os.path.exists(path):
+                there = sorted(resume.saved_epochs(os.path.dirname(path)))
+                raise FileNotFoundError(f"no model at {path}; epochs to give as --load-epoch: {there or 'none'}")
+            checkpoint = load_checkpoint(path)
+            self._models[name].load_state_dict(checkpoint["state_dict"])
+            print(f"Load {path} to {name} (epoch={checkpoint['epoch']}, val_result={checkpoint.get('val_result')})")
+
+    def set_model_mode(self, mode="train", names=None):
+        if mode not in ("train", "test", "eval"):
+            raise KeyError(f"mode {mode!r} is not train, test or eval")
+        for name in self.get_model_names(names):
+            self._models[name].train(mode == "train")
+
+    # -- one step ----------------------------------------------------------------------------------------------
+    def detect_anomaly(self, loss):
+        """Raise FloatingPointError, naming the place, unless the loss is finite."""
+        if not torch.isfinite(loss).all():
+            raise FloatingPointError(f"the loss is {loss.detach().mean().item()} in {self._place()}")
+
+    def _place(self):
+        return f"epoch [{self.epoch + 1}/{self.max_epoch}] batch [{self.batch_idx + 1}/{self.num_batches}]"
+
+    def model_zero_grad(self, names=None):
+        for name in self.get_model_names(names):
+            if self._optims[name] is not None:
+                self._optims[name].zero_grad()
+
+    def model_backward(self, loss):
+        self.detect_anomaly(loss)
+        loss.backward()
+
+    def model_update(self, names=None):
+        for name in self.get_model_names(names):
+            if self._optims[name] is not None:
+                self._optims[name].step()
+
+    def model_backward_and_update(self, loss, names=None):
+        self.model_zero_grad(names)
+        self.model_backward(loss)
+        self.model_update(names)
+
+    def update_lr(self, names=None):
+        for name in self.get_model_names(names):
+            if self._scheds[name] is not None:
+                self._scheds[name].step()
+
+    # -- TensorBoard, where it is installed --------------------------------------------------------------------
+    def init_writer(self, log_dir):
+        if self._writer is None and SummaryWriter is not None:
+            print(f"Initialize tensorboard (log_dir={log_dir})")
+            self._writer = SummaryWriter(log_dir=log_dir)
+
+    def close_writer(self):
+        if self._writer is not None:
+            self._writer.close()
+
+    def write_scalar(self, tag, scalar_value, global_step=None):
+        if self._writer is not None:
+            self._writer.add_scalar(tag, scalar_value, global_step)
+
+    # -- the loop ----------------------------------------------------------------------------------------------
+    def train(self, start_epoch, max_epoch):
+        self.start_epoch, self.max_epoch = start_epoch, max_epoch
+        self.before_train()  # may move start_epoch when it resumes
+        for self.epoch in range(self.start_epoch, max_epoch):  # noqa: B020
+            self.before_epoch()
+            self.run_epoch()
+            self.after_epoch()
+        self.after_train()
+
+    def before_train(self):
+        pass
+
+    def after_train(self):
+        pass
+
+    def before_epoch(self):
+        pass
+
+    def after_epoch(self):
+        pass
+
+    def run_epoch(self):
+        raise NotImplementedError
+
+    def test(self):
+        raise NotImplementedError
+
+    def parse_batch_train(self, batch):
+        raise NotImplementedError
+
+    def parse_batch_test(self, batch):
+        raise NotImplementedError
+
+    def forward_backward(self, batch):
+        raise NotImplementedError
+
+    def model_inference(self, input):
+        raise NotImplementedError
+
+
+class SimpleTrainer(TrainerBase):
+    """Builds data, model and evaluator from the configuration; resumes, saves and tests around the loop."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.check_cfg(cfg)
+        self.device = torch.device("cuda" if torch.cuda.is_available() and cfg.USE_CUDA else "cpu")
+        self.start_epoch = 0
+        self.max_epoch = cfg.OPTIM.MAX_EPOCH
+        self.output_dir = cfg.OUTPUT_DIR
+        self.cfg = cfg
+        self.build_data_loader()
+        self.build_model()
+        self.evaluator = build_evaluator(cfg, lab2cname=self.lab2cname)
+        self.best_result = -np.inf
+
+    def check_cfg(self, cfg):
+        """For a trainer to raise ValueError on settings that it cannot work with."""
+
+    def build_data_loader(self):
+        self.dm = dm = DataManager(self.cfg)
+        self.train_loader_x, self.train_loader_u = dm.train_loader_x, dm.train_loader_u
+        self.val_loader, self.test_loader = dm.val_loader, dm.test_loader
+        self.num_classes, self.num_source_domains, self.lab2cname = dm.num_classes, dm.num_source_domains, dm.lab2cname
+
+    def build_model(self):
+        cfg = self.cfg
+        print("Building model")
+        self.model = SimpleNet(cfg, cfg.MODEL, self.num_classes)
+        if cfg.MODEL.INIT_WEIGHTS:
+            load_pretrained_weights(self.model, cfg.MODEL.INIT_WEIGHTS)
+        self.model.to(self.device)
+        print(f"# params: {count_num_param(self.model):,}")
+        self.optim = build_optimizer(self.model, cfg.OPTIM)
+        self.sched = build_lr_scheduler(self.optim, cfg.OPTIM)
+        self.register_model("model", self.model, self.optim, self.sched)
+
+    def train(self):
+        super().train(self.start_epoch, self.max_epoch)
+
+    def before_train(self):
+        self.start_epoch = self.resume_model_if_exist(self.cfg.RESUME or self.output_dir)
+        self.init_writer(os.path.join(self.output_dir, "tensorboard"))
+        self.time_start = time.time()
+
+    def after_epoch(self):
+        test = self.cfg.TEST
+        if test.FINAL_MODEL == "best_val" and not test.NO_TEST:
+            result = self.test(split="val")
+            if result > self.best_result:
+                self.best_result = result
+                self.save_model(self.epoch, self.output_dir, val_result=result, model_name="model-best.pth.tar")
+        done, every = self.epoch + 1, self.cfg.TRAIN.CHECKPOINT_FREQ
+        if done == self.max_epoch or (every > 0 and done % every == 0):
+            self.save_model(self.epoch, self.output_dir)
+
+    def after_train(self):
+        print("Finish training")
+        if not self.cfg.TEST.NO_TEST:
+            if self.cfg.TEST.FINAL_MODEL == "best_val":
+                print("Deploy the model with the best val performance")
+                self.load_model(self.output_dir)
+            else:
+                print("Deploy the last-epoch model")
+            self.test()
+        print(f"Elapsed: {datetime.timedelta(seconds=round(time.time() - self.time_start))}")
+        self.close_writer()
+
+    @torch.no_grad()
+    def test(self, split=None):
+        """Evaluate on "val" or "test" (default TEST.SPLIT; "test" where there is no val); returns the accuracy."""
+        self.set_model_mode("eval")
+        self.evaluator.reset()
+        split = split or self.cfg.TEST.SPLIT
+        if split != "val" or self.val_loader is None:
+            split = "test"
+        print(f"Evaluate on the *{split}* set")
+        for batch in tqdm(self.val_loader if split == "val" else self.test_loader):
+            images, labels = self.parse_batch_test(batch)
+            self.evaluator.process(self.model_inference(images), labels)
+        results = self.evaluator.evaluate()
+        for name, value in results.items():
+            self.write_scalar(f"{split}/{name}", value, self.epoch)
+        return next(iter(results.values()))
+
+    def model_inference(self, input):
+        return self.model(input)
+
+    def parse_batch_test(self, batch):
+        return batch["img"].to(self.device), batch["label"].to(self.device)
+
+    def get_current_lr(self, names=None):
+        return self._optims[self.get_model_names(names)[0]].param_groups[0]["lr"]
+
+    def _run_batches(self, batches):
+        """One epoch: forward_backward(*batch) for each batch, with the log lines. Sets batch_idx."""
+        self.set_model_mode("train")
+        losses, batch_time, data_time = MetricMeter(), AverageMeter(), AverageMeter()
+        self.batch_idx, end = -1, time.time()
+        for self.batch_idx, batch in enumerate(batches):
+            data_time.update(time.time() - end)
+            summary = self.forward_backward(*batch)
+            batch_time.update(time.time() - end)
+            losses.update(summary)
+            self._check_finite(summary)
+            self._log(losses, batch_time, data_time)
+            end = time.time()
+        if self.batch_idx + 1 < self.num_batches:
+            self.update_lr()  # trainers step the schedule on the last batch, which was lost to unreadable images
+
+    def _check_finite(self, summary):
+        """Mixed-precision trainers do not pass model_backward(): catch their NaN here."""
+        for name, value in (summary or {}).items():
+            if name.startswith("loss") and not math.isfinite(value):
+                raise FloatingPointError(f"{name} is {float(value)} in {self._place()}")
+
+    def _log(self, losses, batch_time, data_time):
+        every, done = self.cfg.TRAIN.PRINT_FREQ, self.batch_idx + 1
+        if done % every == 0 or self.num_batches < every:
+            left = self.num_batches - done + (self.max_epoch - self.epoch - 1) * self.num_batches
+            eta = datetime.timedelta(seconds=int(batch_time.avg * left))
+            print(
+                f"{self._place()} time {batch_time.val:.3f} ({batch_time.avg:.3f}) "
+                f"data {data_time.val:.3f} ({data_time.avg:.3f}) {losses} lr {self.get_current_lr():.4e} eta {eta}"
+            )
+        step = self.epoch * self.num_batches + self.batch_idx
+        for name, meter in losses.meters.items():
+            self.write_scalar(f"train/{name}", meter.avg, step)
+        self.write_scalar("train/lr", self.get_current_lr(), step)
+
+
+class TrainerX(SimpleTrainer):
+    """Learns from labelled images alone."""
+
+    def run_epoch(self):
+        self.num_batches = len(self.train_loader_x)
+        self._run_batches((batch,) for batch in self.train_loader_x)
+
+    def parse_batch_train(self, batch):
+        return batch["img"].to(self.device), batch["label"].to(self.device), batch["domain"].to(self.device)
+
+
+class TrainerXU(SimpleTrainer):
+    """Learns from labelled and unlabelled batches side by side; TRAIN.COUNT_ITER says which loader counts."""
+
+    def run_epoch(self):
+        sizes = {"train_x": len(self.train_loader_x), "train_u": len(self.train_loader_u)}
+        sizes["smaller_one"] = min(sizes.values())
+        if self.cfg.TRAIN.COUNT_ITER not in sizes:
+            raise ValueError(f"TRAIN.COUNT_ITER {self.cfg.TRAIN.COUNT_ITER!r} is not one of {sorted(sizes)}")
+        self.num_batches = sizes[self.cfg.TRAIN.COUNT_ITER]
+        x, u = _endless(self.train_loader_x), _endless(self.train_loader_u)
+        self._run_batches((next(x), next(u)) for _ in range(self.num_batches))
+
+    def parse_batch_train(self, batch_x, batch_u):
+        return batch_x["img"].to(self.device), batch_x["label"].to(self.device), batch_u["img"].to(self.device)
+
+
+def _endless(loader):
+    while True:
+        yield from loader

@@ -1,0 +1,47 @@
+"""Files and folders."""
+
+import json
+import os
+import warnings
+from pathlib import Path
+
+from PIL import Image
+
+
+def mkdir_if_missing(dirname):
+    if dirname:
+        os.makedirs(dirname, exist_ok=True)
+
+
+def check_isfile(fpath):
+    """True when `fpath` is a file; warns otherwise."""
+    found = os.path.isfile(fpath)
+    if not found:
+        warnings.warn(f"no file at {fpath}", stacklevel=2)
+    return found
+
+
+def listdir_nohidden(path, sort=False):
+    """Names in the folder that do not begin with a dot, in the file system's order or sorted."""
+    names = [name for name in os.listdir(path) if not name.startswith(".")]
+    return sorted(names) if sort else names
+
+
+def read_json(fpath):
+    with open(fpath, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def write_json(obj, fpath):
+    """Write aside, then rename: a reader never sees half a file."""
+    path = Path(fpath)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    aside.write_text(json.dumps(obj, indent=4), encoding="utf-8")
+    os.replace(aside, path)
+
+
+def read_image(path):
+    """The image as RGB, fully decoded. Raises OSError (or a subclass) for a missing or damaged file."""
+    with Image.open(path) as image:
+        return image.convert("RGB")

@@ -1,0 +1,8 @@
+"""Train and evaluate: train.py --trainer CoOpSpotlighter --dataset-config-file configs/datasets/emoji_scenes.yaml"""
+
+import sys
+
+from spotlighter_plugin.training import main
+
+if __name__ == "__main__":
+    sys.exit(main())
