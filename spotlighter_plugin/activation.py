@@ -1,0 +1,166 @@
+"""Which tokens matter: sample-wise and semantic-wise scores, and the k tokens that they light up.
+
+Pure functions of tensors. Hidden states are in PyTorch's (length, batch, width) order, as CLIP's blocks pass them;
+everything else has the batch first. Scores are (B, N) in float32.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def project(hidden: Tensor, vision: nn.Module) -> Tensor:
+    """π, then unit length: hidden states (…, w) seen in the joint space (…, d), float32."""
+    joint = vision.ln_post(hidden) @ vision.proj.to(hidden.dtype)
+    return F.normalize(joint.float(), dim=-1)
+
+
+def expected_text(image: Tensor, text: Tensor, scale: Tensor | float) -> Tensor:
+    """t̂ = Σ_c p_c t_c, p = softmax_c(cos(image, t_c)/τ): (B, d) and (C, d), both of unit length → (B, d)."""
+    return (scale * image @ text.T).softmax(-1) @ text
+
+
+def cls_attention(hidden: Tensor, block: nn.Module, head_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Attention of CLS in ``block``, without forming keys: each head's query is taken back through W_k first.
+
+    Args:
+        hidden: (S, B, w), the sequence that enters the block, CLS first.
+        head_scale: (H,) weight of each head in the result, or None.
+
+    Returns:
+        Attention of CLS to every position (B, H, S), and the normalized input LN1(hidden) (S, B, w), float32.
+    """
+    attention = block.attn
+    heads, width = attention.num_heads, hidden.shape[-1]
+    normed = block.ln_1(hidden).float()  # (S, B, w)
+    weight = attention.in_proj_weight.float()  # (3w, w)
+    bias = attention.in_proj_bias.float()  # (3w,)
+    query = F.linear(normed[0], weight[:width], bias[:width])  # (B, w)
+    query = query.unflatten(-1, (heads, -1)) * (width // heads) ** -0.5  # (B, H, w/H)
+    # q·(W_k x + b_k) = (W_kᵀ q)·x + constant, and softmax does not see the constant.
+    folded = torch.einsum("bhe,hew->bhw", query, weight[width : 2 * width].unflatten(0, (heads, -1)))  # (B, H, w)
+    weights = torch.einsum("bhw,sbw->bhs", folded, normed).softmax(-1)  # (B, H, S)
+    if head_scale is not None:
+        weights = weights * head_scale[:, None]
+    return weights, normed
+
+
+def attention_score(hidden: Tensor, block: nn.Module, n_tokens: int, head_scale: Tensor | None = None) -> Tensor:
+    """CLS's attention to each patch token in ``block``, mean over heads: (S, B, w) → (B, N)."""
+    weights, _ = cls_attention(hidden, block, head_scale)
+    return weights.mean(1)[:, 1 : 1 + n_tokens]
+
+
+def contribution_score(
+    hidden: Tensor,
+    block: nn.Module,
+    vision: nn.Module,
+    target: Tensor,
+    n_tokens: int,
+    head_scale: Tensor | None = None,
+    sign: str = "signed",
+) -> Tensor:
+    """What each token adds to the image-text similarity through block s's attention: its exact linear share.
+
+    CLS leaves the attention as h_CLS + b + Σ_h W_o,h Σ_i a_hi W_v,h x_i. Read out by π, whose LayerNorm divides by one
+    positive number per image (left out: scores are standardised per image), token i adds
+    Σ_h a_hi ⟨W_v,hᵀ W_o,hᵀ g, x_i⟩ along g = centred(γ ∘ proj t̂). MLPs and blocks after s are not looked through.
+
+    Args:
+        target: t̂ (B, d), the direction in the joint space.
+        sign: ``signed`` keeps tokens that add most; ``positive`` treats all that subtract alike, as Grad-CAM does;
+            ``absolute`` keeps those that add or subtract most.
+    """
+    weights, normed = cls_attention(hidden, block, head_scale)
+    heads, width = block.attn.num_heads, hidden.shape[-1]
+    direction = target @ vision.proj.float().T * vision.ln_post.weight.float()  # (B, w)
+    direction = direction - direction.mean(-1, keepdim=True)
+    out = (direction @ block.attn.out_proj.weight.float()).unflatten(-1, (heads, -1))  # W_oᵀ g per head: (B, H, w/H)
+    value = block.attn.in_proj_weight[2 * width :].float().unflatten(0, (heads, -1))  # (H, w/H, w)
+    bias = block.attn.in_proj_bias[2 * width :].float().unflatten(0, (heads, -1))  # (H, w/H)
+    along = torch.einsum("bhw,sbw->bhs", torch.einsum("bhe,hew->bhw", out, value), normed)  # (B, H, S)
+    along = along + torch.einsum("bhe,he->bh", out, bias).unsqueeze(-1)
+    share = (weights * along).sum(1)[:, 1 : 1 + n_tokens]  # (B, N)
+    if sign == "positive":
+        return share.clamp(min=0)
+    return share.abs() if sign == "absolute" else share
+
+
+def lens_score(tokens: Tensor, target: Tensor) -> Tensor:
+    """Σ_c p_c cos(z_i, t_c) = z_i·t̂: the sample-wise score as the paper words it. (B, N, d), (B, d) → (B, N)."""
+    return torch.einsum("bnd,bd->bn", tokens, target)
+
+
+def value_score(hidden: Tensor, block: nn.Module, vision: nn.Module, target: Tensor, n_tokens: int) -> Tensor:
+    """cos(π(W_o W_v LN1(h_i)), ·) along t̂: each token read out through the value path alone, as MaskCLIP does."""
+    width, attention = hidden.shape[-1], block.attn
+    normed = block.ln_1(hidden[1 : 1 + n_tokens]).float()  # (N, B, w)
+    value = F.linear(normed, attention.in_proj_weight[2 * width :].float(), attention.in_proj_bias[2 * width :].float())
+    out = F.linear(value, attention.out_proj.weight.float(), attention.out_proj.bias.float())
+    return torch.einsum("nbd,bd->bn", project(out, vision), target)
+
+
+def random_score(keys: Tensor, n_tokens: int, seed: int = 0) -> Tensor:
+    """Scores in [0, 1) that depend on nothing but the image's key, the position and the seed: (B,) int64 → (B, N)."""
+    position = torch.arange(1, n_tokens + 1, device=keys.device)
+    mixed = keys.unsqueeze(-1) * 0x9E3779B1 + position * 0x85EBCA77 + (seed + 1) * 0xC2B2AE3D  # (B, N), int64 wraps
+    for _ in range(2):
+        mixed = (mixed ^ ((mixed >> 15) & 0x1FFFFFFFF)) * 0x2C1B3C6D
+    return ((mixed >> 16) & 0xFFFFFF).float() / 0x1000000
+
+
+def image_keys(images: Tensor) -> Tensor:
+    """One integer per image from its pixels, the same in whatever batch it comes: (B, 3, h, w) → (B,) int64."""
+    return (images.flatten(1).double().square().mean(-1) * 1e9).long()
+
+
+def match_category(cls: Tensor, prototypes: Tensor, filled: Tensor) -> Tensor:
+    """c* = argmax_c cos(π(h_CLS), mean_p π(U_c,p)) over classes with a prototype, Eq. 3.
+
+    Args:
+        cls: π(h_CLS), (B, d).
+        prototypes: π(U), (C, P, d), unit length.
+        filled: (C, P), which prototypes exist; at least one.
+
+    Returns:
+        c*, (B,) int64.
+    """
+    present = filled.unsqueeze(-1).to(prototypes.dtype)  # (C, P, 1)
+    centre = F.normalize((prototypes * present).sum(1), dim=-1)  # (C, d); the mean's direction
+    similarity = (cls @ centre.T).masked_fill(~filled.any(-1), -torch.inf)  # (B, C)
+    return similarity.argmax(-1)
+
+
+def semantic_score(
+    tokens: Tensor, prototypes: Tensor, filled: Tensor, target: Tensor, scale: Tensor | float
+) -> Tensor:
+    """Σ_p ω_p cos(z_i, π(U_c*,p)), ω = softmax_p(cos(π(U_c*,p), t̂)/τ): prototypes seen from image and text.
+
+    Args:
+        tokens: z, (B, N, d).
+        prototypes: π(U_c*), (B, P, d), those of each image's category.
+        filled: (B, P), at least one per image.
+        target: t̂, (B, d).
+        scale: 1/τ.
+    """
+    toward_text = scale * torch.einsum("bpd,bd->bp", prototypes, F.normalize(target, dim=-1))  # (B, P)
+    omega = toward_text.masked_fill(~filled, -torch.inf).softmax(-1)
+    return torch.einsum("bnd,bpd,bp->bn", tokens, prototypes, omega)
+
+
+def standardise(scores: Tensor) -> Tensor:
+    """z-score per image; equal scores become zeros: (B, N) → (B, N)."""
+    scores = scores.float()
+    centred = scores - scores.mean(-1, keepdim=True)
+    return centred / centred.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-12)
+
+
+def top_tokens(scores: Tensor, k: int) -> Tensor:
+    """tok^act: indices of the k highest scores, best first; of equal scores the lower index wins. (B, N) → (B, k)."""
+    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+
+
+def split_levels(kept: Tensor, levels: str = "1+2") -> Tensor:
+    """Level ``1``, the upper half of the ordered tokens (the larger one if k is odd), level ``2``, the rest, or all."""
+    upper = (kept.shape[1] + 1) // 2
+    return {"1": kept[:, :upper], "2": kept[:, upper:], "1+2": kept}[levels]

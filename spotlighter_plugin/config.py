@@ -1,0 +1,209 @@
+"""Every hyper-parameter of Spotlighter, its symbol in the paper, its presets and its checks."""
+
+from dataclasses import dataclass, fields
+
+ACTIVATIONS = ("attention", "contribution", "lens", "value", "random")
+MAPPINGS = ("none", "gated", "full", "linear+linear", "transformer+transformer", "transformer+linear")
+LEVELS = ("1+2", "1", "2")
+LOSSES = ("gra", "reg_text", "kl_visual", "local")
+SIGNS = ("signed", "positive", "absolute")
+MATCHES = ("tokens", "image")
+
+# One row per option, one dictionary per preset. An option that is left at None takes its preset's value.
+PRESETS = {
+    "paper": {
+        "top_k": 32,
+        "prototypes": 4,
+        "select_block": -1,
+        "alpha": 0.2,
+        "beta": 0.8,
+        "lambda1": 0.02,
+        "lambda2": 20.0,
+        "lambda3": 0.1,
+        "mapping": "full",
+        "levels": "1+2",
+        "activation": "lens",
+        "semantic_activation": True,
+        "recalculate": True,
+        "prototypes_in": "sequence",
+        "prototype_logits": False,
+        "losses": ("gra", "reg_text", "kl_visual", "local"),
+    },
+    "default": {
+        "top_k": 32,
+        "prototypes": 4,
+        "select_block": -1,
+        "alpha": 0.2,
+        "beta": 0.8,
+        "lambda1": 0.02,
+        "lambda2": 20.0,
+        "lambda3": 0.1,
+        "mapping": "gated",
+        "levels": "1+2",
+        "activation": "attention",
+        "semantic_activation": False,
+        "recalculate": False,
+        "prototypes_in": "none",
+        "prototype_logits": True,
+        "losses": ("gra", "reg_text", "kl_visual", "local"),
+    },
+    "fast": {
+        "top_k": 32,
+        "prototypes": 4,
+        "select_block": -8,
+        "alpha": 0.2,
+        "beta": 0.8,
+        "lambda1": 0.02,
+        "lambda2": 20.0,
+        "lambda3": 0.1,
+        "mapping": "gated",
+        "levels": "1+2",
+        "activation": "attention",
+        "semantic_activation": False,
+        "recalculate": False,
+        "prototypes_in": "none",
+        "prototype_logits": True,
+        "losses": ("gra", "reg_text", "kl_visual", "local"),
+    },
+}
+
+
+@dataclass
+class SpotlighterConfig:
+    """Hyper-parameters of Spotlighter. Options left at ``None`` take the value of ``preset`` (see ``PRESETS``).
+
+    Raises:
+        ValueError: one line naming the option, its value and what is allowed.
+    """
+
+    preset: str = "default"
+    """``paper`` (the paper's reading of every step), ``default`` or ``fast``."""
+    top_k: int | None = None
+    """k, tokens kept per image; at least 2, at most the tower's tokens."""
+    prototypes: int | None = None
+    """P, prototypes per class in the Semantic Memory Bank."""
+    select_block: int | None = None
+    """s, block of the vision transformer before which tokens are selected; negative counts from the end. Paper: -1."""
+    alpha: float | None = None
+    """α in [0, 1], weight of the text residual, Eq. 11. Paper: 0.2."""
+    beta: float | None = None
+    """β in [0, 1], momentum of the prototypes, Eq. 6. Paper: 0.8."""
+    lambda1: float | None = None
+    """λ1 ≥ 0, weight of L_gra, Eq. 15. Paper: 0.02."""
+    lambda2: float | None = None
+    """λ2 ≥ 0, weight of L_reg_text, Eq. 15. Paper: 20."""
+    lambda3: float | None = None
+    """λ3 ≥ 0, weight of L_KL_visual + L_local, Eq. 15. Paper: 0.1."""
+    mapping: str | None = None
+    """IRM and TRM, Eq. 8-11: one of ``MAPPINGS``. ``gated`` trains 21 parameters on ViT-B/16."""
+    levels: str | None = None
+    """Tokens used at inference: ``1`` the upper half, ``2`` the lower half, ``1+2`` all k in one pass."""
+    activation: str | None = None
+    """Sample-wise score of a token: one of ``ACTIVATIONS``."""
+    semantic_activation: bool | None = None
+    """Add the semantic-wise score, which compares tokens with the prototypes of the matched class (Table VIII)."""
+    recalculate: bool | None = None
+    """Match and score the kept tokens once more with the updated prototypes before levels are cut (Table XII)."""
+    prototypes_in: str | None = None
+    """Where the refined prototypes Û enter, Eq. 10: ``sequence``, ``readout`` or ``none``."""
+    prototype_logits: bool | None = None
+    """Blend the match with the bank's prototypes into the logits of the bank's classes."""
+    losses: tuple[str, ...] | None = None
+    """Auxiliary losses of Eq. 15 in use: names among ``LOSSES``; L_cls is always there."""
+    contribution_sign: str = "signed"
+    """What ``contribution`` does with tokens that lower the similarity: one of ``SIGNS``."""
+    prototype_match: str = "tokens"
+    """What is matched with the bank for ``prototype_logits``: the kept ``tokens`` or the ``image`` embedding."""
+    match_sharpness: float = 5.5
+    """b of exp(-b (1 - cos)) in the match with the bank; 0 takes the plain cosine."""
+    lr_multiplier: float = 1.0
+    """Learning rate of the plug-in's parameters as a multiple of the host's."""
+    seed: int = 0
+    """Seed of ``activation: random``."""
+
+    def __post_init__(self):
+        _one_of("preset", self.preset, PRESETS)
+        for name, value in PRESETS[self.preset].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        self.levels = str(self.levels)
+        losses = self.losses.replace(",", " ").split() if isinstance(self.losses, str) else self.losses
+        self.losses = tuple(losses)
+        _one_of("mapping", self.mapping, MAPPINGS)
+        _one_of("levels", self.levels, LEVELS)
+        _one_of("activation", self.activation, ACTIVATIONS)
+        _one_of("prototypes_in", self.prototypes_in, ("sequence", "readout", "none"))
+        _one_of("contribution_sign", self.contribution_sign, SIGNS)
+        _one_of("prototype_match", self.prototype_match, MATCHES)
+        for loss in self.losses:
+            _one_of("losses", loss, LOSSES)
+        for name, low, high in (
+            ("top_k", 2, None),
+            ("prototypes", 1, None),
+            ("select_block", None, None),
+            ("seed", None, None),
+            ("alpha", 0, 1),
+            ("beta", 0, 1),
+            ("lambda1", 0, None),
+            ("lambda2", 0, None),
+            ("lambda3", 0, None),
+            ("match_sharpness", 0, None),
+            ("lr_multiplier", 0, None),
+        ):
+            _number(name, getattr(self, name), low, high, name in ("top_k", "prototypes", "select_block", "seed"))
+        for name in ("semantic_activation", "recalculate", "prototype_logits"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{_option(name)} = {getattr(self, name)!r}: expected True or False")
+
+    @property
+    def uses_bank(self) -> bool:
+        """Whether anything reads the Semantic Memory Bank, so that it has to be kept."""
+        has_irm = self.mapping != "none" and self.prototypes_in != "none"
+        return self.semantic_activation or self.prototype_logits or has_irm or "local" in self.losses
+
+    def check(self, n_tokens: int, n_blocks: int) -> int:
+        """Compare with a tower of ``n_tokens`` patch tokens and ``n_blocks`` blocks; returns s in [0, n_blocks).
+
+        Raises:
+            ValueError: k exceeds the tokens, or the block does not exist.
+        """
+        if self.top_k > n_tokens:
+            raise ValueError(
+                f"{_option('top_k')} = {self.top_k}: the vision tower has {n_tokens} tokens; take at most {n_tokens}"
+            )
+        if not -n_blocks <= self.select_block < n_blocks:
+            raise ValueError(
+                f"{_option('select_block')} = {self.select_block}: the vision tower has {n_blocks} blocks; "
+                f"take {-n_blocks} to {n_blocks - 1}"
+            )
+        return self.select_block % n_blocks
+
+
+def extend_cfg(cfg) -> None:
+    """Add the node ``TRAINER.SPOTLIGHTER`` to a yacs configuration; ``None`` means: the preset's value."""
+    from yacs.config import CfgNode
+
+    cfg.TRAINER.SPOTLIGHTER = CfgNode({field.name.upper(): field.default for field in fields(SpotlighterConfig)})
+
+
+def from_cfg(cfg) -> SpotlighterConfig:
+    """The validated configuration of a yacs tree; a tree without ``TRAINER.SPOTLIGHTER`` gives the default preset."""
+    node = cfg.TRAINER.get("SPOTLIGHTER", {})
+    return SpotlighterConfig(**{name.lower(): value for name, value in node.items()})
+
+
+def _option(name: str) -> str:
+    return f"TRAINER.SPOTLIGHTER.{name.upper()}"
+
+
+def _one_of(name: str, value, allowed) -> None:
+    if value not in allowed:
+        raise ValueError(f"{_option(name)} = {value!r}: expected one of {', '.join(allowed)}")
+
+
+def _number(name: str, value, low, high, whole: bool) -> None:
+    right_type = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    if right_type and (low is None or value >= low) and (high is None or value <= high):
+        return
+    limits = f" from {low} to {high}" if high is not None else f" of at least {low}" if low is not None else ""
+    raise ValueError(f"{_option(name)} = {value!r}: expected a{' whole' if whole else ''} number{limits}")

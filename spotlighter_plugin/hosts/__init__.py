@@ -1,0 +1,29 @@
+"""One small adapter per host; every ``HostAdapter`` defined in a file of this folder is known."""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+from torch import nn
+
+from .base import HostAdapter
+
+
+def all_adapters() -> list[type[HostAdapter]]:
+    """The adapters in this folder, by file name."""
+    for module in iter_modules(__path__):
+        import_module(f"{__name__}.{module.name}")
+    return sorted(HostAdapter.__subclasses__(), key=lambda adapter: adapter.__module__)
+
+
+def adapter_for(model: nn.Module, class_names: list[str] | None = None) -> HostAdapter:
+    """The adapter that recognises ``model`` by what it has.
+
+    Raises:
+        ValueError: none does; the message says what each looked for.
+    """
+    adapters = all_adapters()
+    for adapter in adapters:
+        if adapter.matches(model):
+            return adapter(model, class_names)
+    wanted = "; ".join(f"{adapter.name}: {adapter.looks_for}" for adapter in adapters)
+    raise ValueError(f"no adapter recognises a {type(model).__name__}; pass adapter=… (looked for {wanted})")

@@ -1,0 +1,24 @@
+"""CoOp: learned context words in front of the class name, both towers frozen."""
+
+from torch import Tensor, nn
+
+from .base import HostAdapter
+
+
+class CoOpAdapter(HostAdapter):
+    name = "CoOp"
+    looks_for = "prompt_learner.ctx with no prompts for the vision tower, image_encoder, text_encoder"
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        parts = ("prompt_learner", "tokenized_prompts", "image_encoder", "text_encoder", "logit_scale")
+        learner = getattr(model, "prompt_learner", None)
+        others = ("proj", "meta_net", "compound_prompts_text")  # MaPLe and CoCoOp have a context, too
+        return (
+            all(hasattr(model, part) for part in parts)
+            and hasattr(learner, "ctx")
+            and not any(hasattr(learner, other) for other in others)
+        )
+
+    def encode_text(self) -> Tensor:
+        return self.model.text_encoder(self.model.prompt_learner(), self.model.tokenized_prompts)

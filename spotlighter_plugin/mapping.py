@@ -1,0 +1,250 @@
+"""IRM and TRM, Eq. 8-11: prototypes refined by the kept tokens, texts refined by the kept tokens.
+
+A ``Mapping`` holds what the plug-in trains. Each of its paths starts at zero, so training starts at the host.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+GROUP = 64  # width of a group of the joint space, the width of a head in CLIP
+
+
+@dataclass
+class FactoredText:
+    """Texts t^rep_bc ∝ base_c + Σ_j weights_bcj mix_bj, never written out as (B, C, d).
+
+    base: (C, d); mix: (B, k, d) and weights: (B, C, k), or both None where texts do not depend on the image.
+    """
+
+    base: Tensor
+    mix: Tensor | None = None
+    weights: Tensor | None = None
+
+    def cosine(self, image: Tensor, gate: Tensor | None = None) -> Tensor:
+        """cos(v_b, t^rep_bc): (B, d) → (B, C), from v·base, v·mix, base·mix and the mixes' Gram matrix alone.
+
+        gate: (d,) multiplies both sides' coordinates, or None.
+        """
+        base, mix = self.base, self.mix
+        if gate is not None:
+            image, base = image * gate, base * gate
+            mix = None if mix is None else mix * gate
+        image = F.normalize(image, dim=-1)
+        if mix is None:
+            return image @ F.normalize(base, dim=-1).T
+        dot = image @ base.T + torch.einsum("bck,bk->bc", self.weights, torch.einsum("bkd,bd->bk", mix, image))
+        return dot / self._norms(base, mix)
+
+    def mean(self) -> Tensor:
+        """mean_b normalize(t^rep_bc): (C, d)."""
+        if self.mix is None:
+            return F.normalize(self.base, dim=-1)
+        inverse = 1 / self._norms(self.base, self.mix)  # (B, C)
+        mixed = torch.einsum("bck,bkd->cd", self.weights * inverse.unsqueeze(-1), self.mix)
+        return (inverse.sum(0).unsqueeze(-1) * self.base + mixed) / len(self.mix)
+
+    def _norms(self, base: Tensor, mix: Tensor) -> Tensor:
+        cross = torch.einsum("bck,bkc->bc", self.weights, mix @ base.T)
+        gram = mix @ mix.transpose(1, 2)  # (B, k, k)
+        within = (self.weights @ gram * self.weights).sum(-1)  # (B, C)
+        square = base.square().sum(-1) + 2 * cross + within
+        return square.clamp(min=1e-12).sqrt()
+
+
+@dataclass
+class DenseText:
+    """Texts (B, C, d), for a mapping that makes a text of its own for each image."""
+
+    text: Tensor
+
+    def cosine(self, image: Tensor, gate: Tensor | None = None) -> Tensor:
+        text, image = (self.text, image) if gate is None else (self.text * gate, image * gate)
+        return torch.einsum("bcd,bd->bc", F.normalize(text, dim=-1), F.normalize(image, dim=-1))
+
+    def mean(self) -> Tensor:
+        return F.normalize(self.text, dim=-1).mean(0)
+
+
+def match_texts(text: Tensor, tokens: Tensor, scale: Tensor | float) -> Tensor:
+    """A_cj = softmax_j(cos(t_c, z_j)/τ), Eq. 4 between texts and kept tokens: (C, d), (B, k, d) → (B, C, k)."""
+    return (scale * torch.einsum("cd,bkd->bck", text, tokens)).softmax(-1)
+
+
+class LinearTRM(nn.Module):
+    """t^rep_c = t_c + α Linear([t_c ; Σ_j A_cj z_j]), Eq. 11, with Linear starting at zero."""
+
+    def __init__(self, dim: int, alpha: float):
+        super().__init__()
+        self.alpha = alpha
+        self.linear = _zero(nn.Linear(2 * dim, dim))
+
+    def forward(self, text: Tensor, tokens: Tensor, scale) -> FactoredText:
+        own, mixed = self.linear.weight.chunk(2, dim=1)  # (d, d) each
+        base = text + self.alpha * F.linear(text, own, self.linear.bias)  # (C, d)
+        return FactoredText(base, self.alpha * F.linear(tokens, mixed), match_texts(text, tokens, scale))
+
+
+class GatedTRM(nn.Module):
+    """t^rep_c = t_c + g Σ_j A_cj z_j with one trained weight g in the place of α Linear."""
+
+    def __init__(self, weight: nn.Parameter):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, text: Tensor, tokens: Tensor, scale) -> FactoredText:
+        return FactoredText(text, self.weight * tokens, match_texts(text, tokens, scale))
+
+
+class TransformerTRM(nn.Module):
+    """Table XI's costly variant: a transformer layer in which texts look at the kept tokens, added with weight α."""
+
+    def __init__(self, dim: int, alpha: float):
+        super().__init__()
+        self.alpha = alpha
+        self.norm = nn.LayerNorm(dim)
+        self.attention = nn.MultiheadAttention(dim, max(dim // GROUP, 1), batch_first=True)
+        self.feed_forward = _feed_forward(dim, 4 * dim)
+        _zero(self.attention.out_proj)
+
+    def forward(self, text: Tensor, tokens: Tensor, scale) -> DenseText:
+        query = self.norm(text).expand(len(tokens), -1, -1)  # (B, C, d)
+        attended = self.attention(query, tokens, tokens, need_weights=False)[0]
+        residual = attended + self.feed_forward(self.norm(text + attended))
+        return DenseText(text + self.alpha * residual)
+
+
+class FrozenAttentionIRM(nn.Module):
+    """Eq. 8 with block s's own attention, and Eq. 9 with a trained FFN (starting at zero) or, for gates, none."""
+
+    def __init__(self, width: int, trains_ffn: bool):
+        super().__init__()
+        # 7/4 of the width gives, with Eq. 11's Linear, 2.6 M parameters on ViT-B/16.
+        self.feed_forward = _feed_forward(width, 7 * width // 4) if trains_ffn else None
+
+    def forward(self, prototypes: Tensor, tokens: Tensor, block: nn.Module) -> Tensor:
+        """U_c* (P, B, w) and tokens (k, B, w) → Û (P, B, w)."""
+        keys = block.ln_1(tokens)
+        refined = prototypes + block.attn(block.ln_1(prototypes), keys, keys, need_weights=False)[0]  # T, Eq. 8
+        if self.feed_forward is None:
+            return refined
+        ffn = self.feed_forward(block.ln_2(refined).to(self.feed_forward[0].weight.dtype))
+        return refined + ffn.to(refined.dtype)  # Eq. 9
+
+
+class TransformerIRM(nn.Module):
+    """Eq. 8 and 9 with an attention and an FFN of their own, both trained."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, heads)
+        self.feed_forward = _feed_forward(width, 4 * width)
+        _zero(self.attention.out_proj)
+
+    def forward(self, prototypes: Tensor, tokens: Tensor, block: nn.Module) -> Tensor:
+        own = self.attention.in_proj_weight.dtype
+        keys = block.ln_1(tokens).to(own)
+        refined = prototypes.to(own)
+        refined = refined + self.attention(block.ln_1(prototypes).to(own), keys, keys, need_weights=False)[0]
+        return (refined + self.feed_forward(block.ln_2(refined))).to(prototypes.dtype)
+
+
+class LinearIRM(nn.Module):
+    """Table XI's light variant: Û = U + Linear(mean of the kept tokens)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.linear = _zero(nn.Linear(width, width))
+
+    def forward(self, prototypes: Tensor, tokens: Tensor, block: nn.Module) -> Tensor:
+        mean = block.ln_1(tokens).mean(0, keepdim=True).to(self.linear.weight.dtype)  # (1, B, w)
+        return prototypes + self.linear(mean).to(prototypes.dtype)
+
+
+class Mapping(nn.Module):
+    """What the plug-in trains. Without gates: IRM, TRM and, where they are in use, one weight each for Û and the bank.
+
+    Attributes:
+        irm, trm: modules, or None.
+        readout_weight: α_v, weight of π(Û) beside π(CLS), a scalar that starts at 0, or None.
+        match_weight: weight of the match with the bank in the logits, a scalar that starts at 0, or None.
+    """
+
+    def __init__(self, config, width: int, dim: int, heads: int):
+        super().__init__()
+        image, text = _kinds(config.mapping)
+        uses_irm = image is not None and config.prototypes_in != "none"
+        self.irm = image(width, heads) if uses_irm else None
+        self.trm = text(dim, config.alpha) if text is not None else None
+        self.readout_weight = nn.Parameter(torch.zeros(())) if uses_irm else None
+        self.match_weight = nn.Parameter(torch.zeros(())) if config.prototype_logits else None
+
+    def head_scale(self) -> Tensor | None:
+        """(H,) multiplies the heads of block s, or None."""
+        return None
+
+    def joint_gate(self) -> Tensor | None:
+        """(d,) multiplies both sides of a cosine in the joint space, or None."""
+        return None
+
+    def text(self, text: Tensor, tokens: Tensor, scale) -> FactoredText | DenseText:
+        """t^rep for texts (C, d) and the kept tokens (B, k, d), both of unit length."""
+        return FactoredText(text) if self.trm is None else self.trm(text, tokens, scale)
+
+
+class GatedMapping(Mapping):
+    """The smallest mapping: H + d/64 + 1 class-agnostic gates (12 + 8 + 1 = 21 on ViT-B/16), all starting at 0.
+
+    * one gate per head scales by 1 + g that head in CLS's attention, where tokens are scored, and in block s;
+    * one gate per 64-wide group of the joint space scales by 1 + g both sides of every cosine that decides;
+    * one blend weighs what comes to the host's logits: the match with the bank where ``prototype_logits`` is on,
+      the kept tokens in the texts (Eq. 11 without Linear) where it is off, and Û in the readout where Û is used.
+    """
+
+    def __init__(self, config, width: int, dim: int, heads: int):
+        nn.Module.__init__(self)
+        self.heads = nn.Parameter(torch.zeros(heads))
+        self.groups = nn.Parameter(torch.zeros(-(-dim // GROUP)))
+        self.blend = nn.Parameter(torch.zeros(()))
+        self.dim = dim
+        uses_irm = config.prototypes_in != "none"
+        self.irm = FrozenAttentionIRM(width, trains_ffn=False) if uses_irm else None
+        self.readout_weight = self.blend if uses_irm else None
+        self.match_weight = self.blend if config.prototype_logits else None
+        self.trm = None if config.prototype_logits else GatedTRM(self.blend)
+
+    def head_scale(self) -> Tensor:
+        return 1 + self.heads
+
+    def joint_gate(self) -> Tensor:
+        return 1 + self.groups.repeat_interleave(GROUP)[: self.dim]
+
+
+def build_mapping(config, width: int, dim: int, heads: int) -> Mapping:
+    """The mapping that ``config.mapping`` names, for a tower of ``width`` w, joint width ``dim`` d and ``heads`` H."""
+    return (GatedMapping if config.mapping == "gated" else Mapping)(config, width, dim, heads)
+
+
+def _kinds(mapping: str):
+    """How IRM (width, heads) and TRM (dim, alpha) are made, by the name of the mapping."""
+    images = {
+        "none": None,
+        "full": lambda width, heads: FrozenAttentionIRM(width, trains_ffn=True),
+        "linear": lambda width, heads: LinearIRM(width),
+        "transformer": TransformerIRM,
+    }
+    texts = {"none": None, "full": LinearTRM, "linear": LinearTRM, "transformer": TransformerTRM}
+    image, _, text = mapping.partition("+")
+    return images[image], texts[text or image]
+
+
+def _feed_forward(width: int, hidden: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), _zero(nn.Linear(hidden, width)))
+
+
+def _zero(linear: nn.Linear) -> nn.Linear:
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear

@@ -1,0 +1,130 @@
+"""What a class looks like: the Semantic Memory Bank, learned by moving averages and fixed at inference."""
+
+import torch
+from torch import Tensor, nn
+
+
+class SemanticMemoryBank(nn.Module):
+    """U: P prototypes per class in the hidden space of the vision tower, kept with the names of the classes.
+
+    Loading a state replaces the bank whole, class names, number of classes and number of prototypes included.
+
+    Args:
+        class_names: the C classes; row c of the bank is ``class_names[c]``.
+        prototypes: P.
+        width: w.
+    """
+
+    def __init__(self, class_names: list[str], prototypes: int, width: int):
+        super().__init__()
+        self.is_empty = True  # known without asking the device
+        self.register_buffer("prototypes", torch.zeros(len(class_names), prototypes, width))  # (C, P, w)
+        self.register_buffer("filled", torch.zeros(len(class_names), prototypes, dtype=torch.bool))  # (C, P)
+        # Names are a tensor, so that a checkpoint holds tensors alone.
+        self.register_buffer("names", torch.tensor(list("\n".join(class_names).encode()), dtype=torch.uint8))
+
+    @property
+    def class_names(self) -> list[str]:
+        return bytes(self.names.tolist()).decode().split("\n")
+
+    def columns(self, class_names: list[str]) -> list[int]:
+        """Row of the bank for each name; -1 where the bank does not know the class."""
+        rows = {name: row for row, name in enumerate(self.class_names)}
+        return [rows.get(name, -1) for name in class_names]
+
+    def of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Prototypes of the given classes (B, P, w) and which of them exist (B, P)."""
+        return self.prototypes[rows], self.filled[rows]
+
+    @torch.no_grad()
+    def update(self, hidden: Tensor, joint: Tensor, rows: Tensor, beta: float, project) -> None:
+        """Fill the empty prototypes of the classes in the batch, assign tokens (Eq. 4, 5), move prototypes (Eq. 6).
+
+        Args:
+            hidden: h of the kept tokens, best first, (B, k, w).
+            joint: z of the same tokens, (B, k, d), unit length.
+            rows: the bank's row for each image, (B,); -1 leaves the image out. Repeated rows are averaged together.
+            beta: momentum β.
+            project: π, (…, w) → (…, d), unit length.
+        """
+        hidden = hidden.to(self.prototypes.dtype)
+        known = rows >= 0
+        rows = rows.clamp(min=0)
+        self._fill(hidden, rows, known)
+        current, filled = self.of(rows)  # (B, P, w), (B, P)
+        degree, nearest = assign(joint, project(current).to(joint.dtype), filled)  # (B, k) both
+        n_classes, n_prototypes, width = self.prototypes.shape
+        degree = degree.to(hidden.dtype) * known[:, None]  # (B, k)
+        slots = (rows[:, None] * n_prototypes + nearest).flatten()  # (B·k,)
+        total = hidden.new_zeros(n_classes * n_prototypes, width)
+        total.index_add_(0, slots, (degree.unsqueeze(-1) * hidden).flatten(0, 1))  # Σ D_ij h_i
+        mass = hidden.new_zeros(n_classes * n_prototypes).index_add_(0, slots, degree.flatten())  # Σ D_ij
+        mean = (total / mass.clamp(min=torch.finfo(mass.dtype).tiny).unsqueeze(-1)).view_as(self.prototypes)
+        hit = (mass > 0).view(n_classes, n_prototypes, 1)
+        self.prototypes.copy_(torch.where(hit, beta * self.prototypes + (1 - beta) * mean, self.prototypes))
+        if self.is_empty:
+            self.is_empty = not bool(known.any())
+
+    def _fill(self, hidden: Tensor, rows: Tensor, known: Tensor) -> None:
+        """Of each class, the first image of the batch gives its most activated tokens to the empty prototypes."""
+        n_images, n_tokens, _ = hidden.shape
+        order = torch.arange(n_images, device=rows.device)
+        order = torch.where(known, order, n_images)  # images left out come last
+        first = rows.new_full((len(self.filled),), n_images).scatter_reduce(0, rows, order, "amin")  # (C,)
+        source = first.clamp(max=n_images - 1)  # (C,), the image that a class fills from
+        rank = (~self.filled).cumsum(1) - 1  # (C, P), number of each empty prototype among the class's empty ones
+        new = ~self.filled & (rank < n_tokens) & (first < n_images)[:, None]
+        taken = hidden[source[:, None], rank.clamp(0, n_tokens - 1)]  # (C, P, w)
+        self.prototypes.copy_(torch.where(new.unsqueeze(-1), taken, self.prototypes))
+        self.filled |= new
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        saved = state_dict.get(prefix + "prototypes")
+        if saved is not None:
+            width = self.prototypes.shape[-1]
+            if saved.shape[-1] != width:
+                raise ValueError(
+                    f"the checkpoint's memory bank is {saved.shape[-1]} wide and this vision tower {width}: "
+                    "load it with the backbone that it was trained with (MODEL.BACKBONE.NAME)"
+                )
+            self.prototypes = self.prototypes.new_zeros(saved.shape)
+            self.filled = self.filled.new_zeros(saved.shape[:2])
+            self.names = self.names.new_zeros(state_dict[prefix + "names"].shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.is_empty = not bool(self.filled.any())
+
+
+def assign(tokens: Tensor, prototypes: Tensor, filled: Tensor) -> tuple[Tensor, Tensor]:
+    """D_ij = softmax_j cos(z_i, π(U_y,j)) over the prototypes that exist (Eq. 4), and each token's argmax j (Eq. 5).
+
+    Args:
+        tokens: (B, k, d), unit length.
+        prototypes: (B, P, d), those of the image's class.
+        filled: (B, P).
+
+    Returns:
+        D at the argmax (B, k), and the argmax (B, k).
+    """
+    cosine = torch.einsum("bkd,bpd->bkp", tokens, prototypes)  # (B, k, P)
+    cosine = cosine.masked_fill(~filled[:, None], -torch.inf)
+    degree = cosine.softmax(-1).nan_to_num(0.0)  # a class without any prototype assigns nothing
+    return degree.max(-1)
+
+
+def affinity(tokens: Tensor, prototypes: Tensor, filled: Tensor, sharpness: float = 0.0) -> Tensor:
+    """How well tokens match each class: mean_i max_p f(cos(z_i, π(U_c,p))), f(x) = x or exp(-b (1 - x)).
+
+    Args:
+        tokens: (B, k, d), unit length; one token (k = 1) may be the image's embedding.
+        prototypes: (C, P, d), unit length.
+        filled: (C, P); a class without prototypes gets -inf.
+        sharpness: b; 0 takes the cosine itself.
+
+    Returns:
+        (B, C).
+    """
+    cosine = torch.einsum("bkd,cpd->bkcp", tokens, prototypes)  # (B, k, C, P)
+    best = cosine.masked_fill(~filled, -torch.inf).amax(-1)  # (B, k, C)
+    if sharpness:
+        best = torch.where(best == -torch.inf, best, torch.exp(-sharpness * (1 - best)))
+    return best.mean(1)

@@ -1,0 +1,124 @@
+"""SpotlighterTrainerMixin: the plug-in in a Dassl trainer, whatever the host."""
+
+import os.path as osp
+from importlib import import_module
+
+import torch
+from dassl.metrics import compute_accuracy
+from dassl.optim import build_lr_scheduler, build_optimizer
+from dassl.utils import load_checkpoint
+from torch import nn
+
+from .backbones import encode_prompts, load_clip
+from .config import from_cfg
+from .wrapper import SpotlighterWrapper
+
+
+class SpotlighterTrainerMixin:
+    """Put in front of a host's trainer: ``class CoOpSpotlighter(SpotlighterTrainerMixin, CoOp)``.
+
+    The host builds its model, its optimizer and its checkpoints as ever; the plug-in's own state is one more registered
+    model, ``spotlighter``, with an optimizer and a schedule of its own after the same options.
+
+    Attributes:
+        adapter: the class of the host's adapter.
+    """
+
+    adapter = None
+    folder = "spotlighter"
+
+    def check_cfg(self, cfg):
+        super().check_cfg(cfg)
+        from_cfg(cfg)
+
+    def build_model(self):
+        super().build_model()
+        host = self.model.module if isinstance(self.model, nn.DataParallel) else self.model
+        class_names = list(self.dm.dataset.classnames)
+        config = from_cfg(self.cfg)
+        self.model = SpotlighterWrapper(host, config, self.adapter(host, class_names), class_names).to(self.device)
+        added = self.model.extra_parameter_count()
+        print(f"Spotlighter adds {added:,} trainable parameters (mapping: {config.mapping})")
+        optim = sched = None
+        if added:
+            options = self.cfg.OPTIM.clone()
+            options.defrost()
+            options.LR = options.LR * config.lr_multiplier
+            optim = build_optimizer(self.model.plugin, options)
+            sched = build_lr_scheduler(optim, options)
+        self.register_model(self.folder, self.model.plugin, optim, sched)
+
+    def before_train(self):
+        if {"reg_text", "kl_visual"} & set(self.model.config.losses):
+            template = _hand_written_prompt(self.cfg.DATASET.NAME)
+            texts = [template.format(name.replace("_", " ")) for name in self.model.class_names]
+            clip_model = load_clip(self.cfg.MODEL.BACKBONE.NAME).to(self.device)
+            self.model.adapter.set_frozen_text(encode_prompts(clip_model, texts))  # t⁰
+        super().before_train()
+
+    def forward_backward(self, batch):
+        images, labels = self.parse_batch_train(batch)[:2]
+        with torch.autocast(self.device.type, enabled=self._precision() == "amp"):
+            output = self.model(images, labels)
+        logits = output.pop("logits")
+        self.detect_anomaly(output["loss"])
+        self._update(output["loss"])
+        if self.batch_idx == 0 and self.epoch == self.start_epoch and self.model.unreached:
+            names = ", ".join(sorted(self.model.unreached))
+            print(f"Left out, because nothing that is trained changes them: {names}")
+        if (self.batch_idx + 1) == self.num_batches:
+            self.update_lr()
+        summary = {name: value.item() for name, value in output.items()}
+        return {**summary, "acc": compute_accuracy(logits, labels)[0].item()}
+
+    def model_inference(self, images):
+        with torch.autocast(self.device.type, enabled=self._precision() == "amp"):
+            return self.model(images)
+
+    def load_model(self, directory, epoch=None):
+        """Load the host's checkpoint the host's way, and the plug-in's beside it if the folder has one."""
+        plugin = self._models.pop(self.folder)  # the host loads its own models
+        try:
+            super().load_model(directory, epoch)
+        finally:
+            self._models[self.folder] = plugin
+        if not directory:
+            return
+        file_name = "model-best.pth.tar" if epoch is None else f"model.pth.tar-{epoch}"
+        path = osp.join(directory, self.folder, file_name)
+        if not osp.isdir(osp.dirname(path)):
+            print(f"No Spotlighter state in {directory}: the host's checkpoint was trained without it")
+            return
+        if not osp.exists(path):
+            raise FileNotFoundError(f'Model not found at "{path}": set --model-dir and --load-epoch')
+        checkpoint = load_checkpoint(path)
+        plugin.load_state_dict(checkpoint["state_dict"])
+        print(f'Loaded {self.folder} from "{path}" (epoch = {checkpoint["epoch"]})')
+
+    def _precision(self):
+        """The host's PREC: fp16, fp32 or amp."""
+        return self.cfg.TRAINER[self.adapter.name.upper()].get("PREC", "fp32")
+
+    def _update(self, loss):
+        scaler = getattr(self, "scaler", None)
+        if scaler is None or not scaler.is_enabled():
+            self.model_backward_and_update(loss)
+            return
+        self.model_zero_grad()
+        scaler.scale(loss).backward()
+        for optim in self._optims.values():
+            if optim is not None and any(p.grad is not None for group in optim.param_groups for p in group["params"]):
+                scaler.step(optim)
+        scaler.update()
+
+
+def _hand_written_prompt(dataset: str) -> str:
+    """The data set's hand-written prompt, from this repository's table or a fork's; a plain one for other data sets."""
+    for module, table in (("datasets.templates", "TEMPLATES"), ("trainers.zsclip", "CUSTOM_TEMPLATES")):
+        try:
+            templates = getattr(import_module(module), table)
+        except (ImportError, AttributeError):
+            continue
+        if dataset in templates:
+            return templates[dataset]
+    return "a photo of a {}."

@@ -1,0 +1,344 @@
+"""SpotlighterWrapper: the method around one host."""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import activation, losses
+from .config import SpotlighterConfig
+from .hosts import adapter_for
+from .mapping import build_mapping
+from .memory_bank import SemanticMemoryBank, affinity
+from .token_stream import TokenStream, check_tower
+
+
+class Plugin(nn.Module):
+    """What Spotlighter adds to a host and saves: the memory bank and the trained mapping."""
+
+    def __init__(self, config: SpotlighterConfig, class_names: list[str], width: int, dim: int, heads: int):
+        super().__init__()
+        self.bank = SemanticMemoryBank(class_names, config.prototypes, width)
+        self.mapping = build_mapping(config, width, dim, heads)
+        self.cache = {}  # what stays the same between two calls of train() or eval()
+
+    def train(self, mode: bool = True):
+        self.cache.clear()
+        return super().train(mode)
+
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+        """Load mapping and bank; the bank may be of other classes.
+
+        Raises:
+            ValueError: the state was trained with another mapping or another backbone.
+        """
+        self.cache.clear()
+        own = {name: tuple(value.shape) for name, value in self.mapping.state_dict(prefix="mapping.").items()}
+        saved = {name: tuple(value.shape) for name, value in state_dict.items() if name.startswith("mapping.")}
+        wrong = sorted(name for name in own.keys() | saved.keys() if own.get(name) != saved.get(name))
+        if wrong:
+            raise ValueError(
+                f"the checkpoint's {wrong[0]} is {saved.get(wrong[0], 'missing')}, this model's "
+                f"{own.get(wrong[0], 'missing')}: set TRAINER.SPOTLIGHTER and MODEL.BACKBONE.NAME as in training"
+            )
+        return super().load_state_dict(state_dict, strict, assign)
+
+
+@dataclass
+class _Step:
+    """One batch on its way through the tower."""
+
+    images: Tensor
+    text: Tensor  # (C, d), unit length
+    scale: Tensor  # 1/τ
+    rows: Tensor | None = None  # (B,), the bank's row of each image; None at inference
+    tokens: Tensor | None = None  # z of the kept tokens, best first, (B, k, d)
+    category: Tensor | None = None  # c*, (B,)
+    refined: Tensor | None = None  # Û, (P, B, w)
+    levels: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # image embedding and tokens of level 1, level 2
+    full: Tensor | None = None  # v⁰ before normalization, (B, d)
+
+
+class SpotlighterWrapper(nn.Module):
+    """A host that classifies with the k tokens that matter.
+
+    ``wrapper(images)`` gives logits (B, C). ``wrapper(images, labels)`` gives a dictionary: ``loss`` (Eq. 15), its
+    unweighted parts by name, and ``logits``. The host's model is hooked, not changed: called directly it behaves as
+    before, and ``detach`` removes the hooks.
+
+    Args:
+        host_model: a model that an adapter knows.
+        config: hyper-parameters; the default preset if None.
+        adapter: an adapter of the caller's own; otherwise ``hosts.adapter_for`` finds one.
+        class_names: names of the host's classes in order; the bank is kept by name.
+
+    Raises:
+        ValueError: an option does not suit the tower, the tower has no tokens, or no adapter knows the host.
+    """
+
+    def __init__(self, host_model, config: SpotlighterConfig | None = None, adapter=None, class_names=None):
+        super().__init__()
+        self.config = config = config or SpotlighterConfig()
+        self.adapter = adapter or adapter_for(host_model, class_names)
+        self.class_names = list(class_names or self.adapter.class_names)
+        vision = self.adapter.vision
+        check_tower(vision)
+        blocks = vision.transformer.resblocks
+        block = config.check(len(vision.positional_embedding) - 1, len(blocks))
+        self.host = host_model
+        self.stream = TokenStream(vision, block)
+        width, dim = vision.proj.shape
+        self.plugin = Plugin(config, self.class_names, width, dim, blocks[block].attn.num_heads)
+        self.plugin.to(vision.proj.device).train(host_model.training)
+        self.kept: Tensor | None = None
+        """Indices (B, k) in 0…N-1 of the tokens that the latest call kept, best first."""
+        self.unreached: set[str] = set()
+        """Names of losses that reached no trainable parameter in the latest training call and were left out."""
+
+    def detach(self) -> nn.Module:
+        """Remove every hook and return the host's model."""
+        self.stream.detach()
+        return self.host
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """What the plug-in trains, beside the host's own parameters."""
+        return list(self.plugin.parameters())
+
+    def extra_parameter_count(self) -> int:
+        """How many trainable parameters the plug-in adds."""
+        return sum(parameter.numel() for parameter in self.trainable_parameters())
+
+    def state_dict(self, *args, **kwargs):
+        """The plug-in's state alone: mapping, bank and class names. The host's state is ``host.state_dict()``."""
+        return self.plugin.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+        return self.plugin.load_state_dict(state_dict, strict, assign)
+
+    def refresh(self) -> None:
+        """Forget cached text embeddings; needed only when prompts change without a call of train() or eval()."""
+        self.plugin.cache.clear()
+
+    def forward(self, images: Tensor, labels: Tensor | None = None, extras: dict | None = None):
+        raw_text = self._cached("text", self.adapter.encode_text, constant=not self.adapter.train_text)  # (C, d)
+        step = _Step(images, F.normalize(raw_text.float(), dim=-1), self.adapter.logit_scale.float())
+        if labels is not None:
+            step.rows = self._rows()[self.adapter.assignment_labels(images, labels)]  # (B,)
+        with self.stream.selecting(lambda hidden: self._choose(hidden, step)) as stream:
+            image = self.adapter.encode_image(images)  # (B, d)
+            image = self._readout(image, stream.output, step.refined)
+        with torch.autocast(images.device.type, enabled=False):
+            logits = self._logits(image, step.tokens, step)
+            if labels is None:
+                return logits  # argmax_c of these is Eq. 16
+            extras = {"images": images, "text": raw_text, **(extras or {})}
+            return self._losses(image, logits, labels, step, extras)
+
+    # ------------------------------------------------------------------------------------------------- inside the tower
+
+    def _choose(self, hidden: Tensor, step: _Step) -> Tensor:
+        """Score the tokens that enter block s and give the sequence that goes on: (1+N+M, B, w) → (S, B, w)."""
+        config, stream, training = self.config, self.stream, step.rows is not None
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            sample = self._sample_score(hidden, step)  # (B, N)
+            scores = activation.standardise(sample)
+            if self._has_semantics():
+                every = hidden[1 : 1 + stream.n_tokens]  # (N, B, w)
+                scores = scores + activation.standardise(self._semantic_score(hidden, every, step))
+            kept = activation.top_tokens(scores, config.top_k)  # tok^act, (B, k)
+            if training and self.plugin.training and config.uses_bank:
+                chosen = stream.tokens(hidden, kept).transpose(0, 1)  # (B, k, w)
+                self.plugin.bank.update(chosen, self._project(chosen), step.rows, config.beta, self._project)
+                self.plugin.cache.pop("prototypes", None)
+            if config.recalculate and self._has_semantics() and (training or config.levels != "1+2"):
+                semantic = self._semantic_score(hidden, stream.tokens(hidden, kept), step)
+                again = activation.standardise(sample.gather(1, kept)) + activation.standardise(semantic)
+                kept = kept.gather(1, activation.top_tokens(again, config.top_k))
+            if self.plugin.mapping.irm is not None and not self.plugin.bank.is_empty:
+                step.category = self._match_category(hidden)
+            if not training:
+                kept = activation.split_levels(kept, config.levels)
+            self.kept = kept
+        tokens = stream.tokens(hidden, kept)  # (k, B, w)
+        if self._reads_tokens(training):
+            step.tokens = self._project(tokens).transpose(0, 1)  # (B, k, d)
+        stream.head_scale = self.plugin.mapping.head_scale()
+        sequence, step.refined = self._sequence(hidden, tokens, step)
+        if training:
+            self._further_passes(hidden, tokens, sequence, step)
+        return sequence
+
+    def _sequence(self, hidden: Tensor, tokens: Tensor, step: _Step) -> tuple[Tensor, Tensor | None]:
+        """The sequence on given tokens (k, B, w), and Û (P, B, w) of these tokens, Eq. 8-10."""
+        if step.category is None:
+            return self.stream.sequence(hidden, tokens), None
+        prototypes, filled = self.plugin.bank.of(step.category)  # (B, P, w), (B, P)
+        present = filled.unsqueeze(-1).to(prototypes.dtype)
+        mean = (prototypes * present).sum(1, keepdim=True) / present.sum(1, keepdim=True)
+        prototypes = torch.where(filled.unsqueeze(-1), prototypes, mean).transpose(0, 1).to(hidden.dtype)  # (P, B, w)
+        refined = self.plugin.mapping.irm(prototypes, tokens, self.stream.block)
+        extra = refined if self.config.prototypes_in == "sequence" else None
+        return self.stream.sequence(hidden, tokens, extra), refined
+
+    def _further_passes(self, hidden: Tensor, tokens: Tensor, sequence: Tensor, step: _Step) -> None:
+        """Training only: each level alone for L_gra, and all tokens without gradient for v⁰."""
+        stream, mapping = self.stream, self.plugin.mapping
+        if self._wants("gra"):
+            upper = (len(tokens) + 1) // 2
+            for part in (slice(None, upper), slice(upper, None)):
+                level, refined = self._sequence(hidden, tokens[part], step)
+                image, output = stream.tail(level)
+                image = self._readout(image, output, refined)
+                step.levels.append((image, None if step.tokens is None else step.tokens[:, part]))
+        learns = (
+            sequence.requires_grad
+            or mapping.head_scale() is not None
+            or (step.refined is not None and mapping.readout_weight is not None)
+            or any(parameter.requires_grad for block in stream.tail_blocks for parameter in block.parameters())
+            or any(parameter.requires_grad for parameter in stream.vision.ln_post.parameters())
+        )
+        if self._wants("kl_visual") and learns:
+            scale, stream.head_scale = stream.head_scale, None
+            with torch.no_grad():
+                step.full, _ = stream.tail(hidden)
+            stream.head_scale = scale
+
+    def _sample_score(self, hidden: Tensor, step: _Step) -> Tensor:
+        config, stream = self.config, self.stream
+        heads = self.plugin.mapping.head_scale()
+        match config.activation:
+            case "attention":
+                return activation.attention_score(hidden, stream.block, stream.n_tokens, heads)
+            case "contribution":
+                target, sign = self._target(hidden, step), config.contribution_sign
+                return activation.contribution_score(
+                    hidden, stream.block, stream.vision, target, stream.n_tokens, heads, sign
+                )
+            case "lens":
+                tokens = self._project(hidden[1 : 1 + stream.n_tokens]).transpose(0, 1)  # (B, N, d)
+                return activation.lens_score(tokens, self._target(hidden, step))
+            case "value":
+                target = self._target(hidden, step)
+                return activation.value_score(hidden, stream.block, stream.vision, target, stream.n_tokens)
+            case "random":
+                return activation.random_score(activation.image_keys(step.images), stream.n_tokens, config.seed)
+
+    def _has_semantics(self) -> bool:
+        return self.config.semantic_activation and not self.plugin.bank.is_empty
+
+    def _semantic_score(self, hidden: Tensor, tokens: Tensor, step: _Step) -> Tensor:
+        """Semantic-wise score of tokens (n, B, w): (B, n)."""
+        category = self._match_category(hidden)
+        prototypes, filled = self._prototypes()[category], self.plugin.bank.filled[category]
+        target = self._target(hidden, step)
+        return activation.semantic_score(
+            self._project(tokens).transpose(0, 1), prototypes, filled, target, step.scale
+        )
+
+    def _target(self, hidden: Tensor, step: _Step) -> Tensor:
+        """t̂ of each image, as CLS sees it on entering block s: (B, d)."""
+        return activation.expected_text(self._project(hidden[0]), step.text, step.scale)
+
+    def _match_category(self, hidden: Tensor) -> Tensor:
+        return activation.match_category(self._project(hidden[0]), self._prototypes(), self.plugin.bank.filled)
+
+    # -------------------------------------------------------------------------------------------------- after the tower
+
+    def _readout(self, image: Tensor, output: Tensor, refined: Tensor | None) -> Tensor:
+        """v before normalization: π(CLS) + α_v mean_p π(Û), (B, d) float32."""
+        image, weight = image.float(), self.plugin.mapping.readout_weight
+        if refined is None or weight is None:
+            return image
+        if self.config.prototypes_in == "sequence":
+            refined = output[1 : 1 + len(refined)]  # Û as block L-1 leaves it
+        vision = self.stream.vision
+        joint = vision.ln_post(refined) @ vision.proj.to(refined.dtype)  # (P, B, d)
+        return image + weight * joint.float().mean(0)
+
+    def _logits(self, image: Tensor, tokens: Tensor | None, step: _Step) -> Tensor:
+        """cos(v, t^rep)/τ, with the match with the bank blended in: (B, d), (B, k, d) → (B, C)."""
+        mapping, bank = self.plugin.mapping, self.plugin.bank
+        cosine = mapping.text(step.text, tokens, step.scale).cosine(image, mapping.joint_gate())  # (B, C)
+        if mapping.match_weight is not None and not bank.is_empty:
+            cosine = cosine + mapping.match_weight * self._match(image, tokens)
+        return step.scale * cosine
+
+    def _match(self, image: Tensor, tokens: Tensor | None) -> Tensor:
+        """Match with the bank, around its mean over the bank's classes; 0 for classes that the bank does not know."""
+        config, bank = self.config, self.plugin.bank
+        matched = F.normalize(image, dim=-1)[:, None] if config.prototype_match == "image" else tokens
+        match = affinity(self._gated(matched), self._gated(self._prototypes()), bank.filled, config.match_sharpness)
+        present = bank.filled.any(-1)  # (C of the bank,)
+        match = match.masked_fill(~present, 0)
+        match = (match - match.sum(-1, keepdim=True) / present.sum()) * present
+        rows = self._rows()  # (C,)
+        return match[:, rows.clamp(min=0)] * (rows >= 0)
+
+    def _losses(self, image: Tensor, logits: Tensor, labels: Tensor, step: _Step, extras: dict) -> dict[str, Tensor]:
+        config, adapter, mapping = self.config, self.adapter, self.plugin.mapping
+        parts = {"cls": adapter.objective(logits, labels, extras)}  # Eq. 12
+        if step.levels:
+            level_logits = [self._logits(*level, step) for level in step.levels]
+            parts["gra"] = sum(adapter.classification_loss(level, labels, extras) for level in level_logits)
+        if self._wants("reg_text"):
+            text = mapping.text(step.text, step.tokens, step.scale).mean()
+            parts["reg_text"] = losses.text_regularisation(text, adapter.frozen_text())
+        if step.full is not None:
+            full = F.normalize(step.full.float(), dim=-1)
+            image = F.normalize(image, dim=-1)
+            parts["kl_visual"] = losses.visual_divergence(image, full, adapter.frozen_text(), step.scale)
+        if self._wants("local"):
+            parts["local"] = self._local_loss(step)
+        parts = {name: value for name, value in parts.items() if value.requires_grad}
+        self.unreached = {name for name in ("cls", *config.losses) if self._wants(name)} - parts.keys()
+        total = losses.total_loss(parts, config.lambda1, config.lambda2, config.lambda3)
+        return {"loss": total, **parts, "logits": logits}
+
+    def _local_loss(self, step: _Step) -> Tensor:
+        bank = self.plugin.bank
+        tokens = self._gated(step.tokens)
+        match = affinity(tokens, self._gated(self._prototypes()), bank.filled)  # (B, C of the bank)
+        if step.refined is not None:
+            refined = self._gated(self._project(step.refined).transpose(0, 1))  # (B, P, d)
+            match = losses.refine_affinity(match, tokens, refined, step.category)
+        return losses.local_loss(match, step.rows, step.scale)
+
+    # ----------------------------------------------------------------------------------------------------- small change
+
+    def _wants(self, loss: str) -> bool:
+        weights = {"gra": self.config.lambda1, "reg_text": self.config.lambda2}
+        return loss == "cls" or (loss in self.config.losses and weights.get(loss, self.config.lambda3) > 0)
+
+    def _reads_tokens(self, training: bool) -> bool:
+        """Whether the kept tokens are needed in the joint space."""
+        mapping = self.plugin.mapping
+        matches = mapping.match_weight is not None and self.config.prototype_match == "tokens"
+        return mapping.trm is not None or matches or (training and self._wants("local"))
+
+    def _project(self, hidden: Tensor) -> Tensor:
+        return activation.project(hidden, self.stream.vision)
+
+    def _gated(self, joint: Tensor) -> Tensor:
+        """Unit vectors (…, d) as gates see them, again of unit length."""
+        gate = self.plugin.mapping.joint_gate()
+        return joint if gate is None else F.normalize(joint * gate, dim=-1)
+
+    def _prototypes(self) -> Tensor:
+        """π(U), (C, P, d)."""
+        return self._cached("prototypes", lambda: self._project(self.plugin.bank.prototypes))
+
+    def _rows(self) -> Tensor:
+        """Row of the bank for each of the model's classes, -1 for none: (C,)."""
+        bank = self.plugin.bank
+        make = lambda: torch.tensor(bank.columns(self.class_names), device=bank.prototypes.device)  # noqa: E731
+        return self._cached("rows", make, constant=True)
+
+    def _cached(self, name: str, make, constant: bool = False) -> Tensor:
+        """Keep what ``make`` gives, if it is constant or nothing is being trained."""
+        if not constant and (self.plugin.training or torch.is_grad_enabled()):
+            return make()
+        cache = self.plugin.cache
+        if name not in cache:
+            cache[name] = make()
+        return cache[name]
