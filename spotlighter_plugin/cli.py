@@ -74,11 +74,11 @@ CHECKS = {
 
 def main(argv=None):
     """Run a command; a mistake is one line on standard error and exit code 1 (SPOTLIGHTER_DEBUG=1: a traceback)."""
-    from .training import one_line
-
     try:
         app(args=argv, prog_name="spotlighter")
     except Exception as error:
+        from .training import one_line
+
         line = one_line(error)
         if line is None or os.environ.get("SPOTLIGHTER_DEBUG"):
             raise

@@ -1,7 +1,7 @@
 """What OpenAI's clip, torchvision and Dassl need to run on today's PyTorch, each fix with its reason.
 
-`import spotlighter_plugin` applies the light fixes (`apply`). Those for a real Dassl import it and wait until
-somebody is about to train with it (`prepare_dassl`). Each fix is harmless where it is not needed and acts once.
+`import spotlighter_plugin` makes everything importable (`apply`). What changes a real Dassl's behaviour waits until
+our train.py is about to train with it (`prepare_dassl`). Each fix is harmless where it is not needed and acts once.
 """
 
 import functools
@@ -25,8 +25,8 @@ def apply():
     silence_clip_import()
     provide_dassl()
     if real_dassl():
-        stub_unused_imports()
         accept_verbose_in_lr_schedulers()
+        import_dassl_without_unused()
 
 
 def prepare_dassl():
@@ -99,26 +99,38 @@ def real_dassl():
 
 
 @once
-def stub_unused_imports():
+def import_dassl_without_unused():
     """Importing Dassl imports `wilds`, `pandas`, `gdown` (three of its benchmarks, a downloader), tabulate (one
     printed table) and TensorBoard (curves): gigabytes of dependencies that prompt tuning never calls. Missing ones
-    are replaced by modules that import and refuse, or fall back to plain text or silence."""
-    for name in ("wilds", "wilds.common", "wilds.common.data_loaders", "pandas", "gdown"):
-        if not _importable(name):
-            sys.modules[name] = _Refusing(name)
+    are there while Dassl is imported, as modules whose members refuse to be called, or fall back to plain text or
+    silence, and gone afterwards, so that nobody else takes pandas for installed."""
+    importlib.import_module("torchvision")  # looks for pandas itself: must not find ours
+    refusing = [*("wilds", "wilds.common", "wilds.common.data_loaders"), "pandas", "gdown"]
+    stubs = {name: _Refusing(name) for name in refusing if not _importable(name)}
     if not _importable("tabulate"):
-        sys.modules["tabulate"] = types.ModuleType("tabulate")
-        sys.modules["tabulate"].tabulate = lambda rows, **_: "\n".join("  ".join(map(str, row)) for row in rows)
+        stubs["tabulate"] = _module("tabulate", tabulate=lambda rows: "\n".join("  ".join(map(str, r)) for r in rows))
     if not _importable("tensorboard"):
-        sys.modules["torch.utils.tensorboard"] = types.ModuleType("torch.utils.tensorboard")
-        sys.modules["torch.utils.tensorboard"].SummaryWriter = _SilentWriter
+        stubs["torch.utils.tensorboard"] = _module("torch.utils.tensorboard", SummaryWriter=_SilentWriter)
+    sys.modules.update(stubs)
+    try:
+        importlib.import_module("dassl.engine")
+    finally:
+        for name in stubs:
+            if name != "torch.utils.tensorboard":  # forks that bring their own engine import it again
+                del sys.modules[name]
 
 
 def _importable(name):
     try:
         return name in sys.modules or importlib.util.find_spec(name) is not None
-    except (ImportError, ValueError):
+    except ImportError:
         return False
+
+
+def _module(name, **members):
+    module = types.ModuleType(name)
+    module.__dict__.update(members)
+    return module
 
 
 class _Refusing(types.ModuleType):
@@ -178,11 +190,13 @@ def load_checkpoints_safely():
 @once
 def resume_exactly():
     """Dassl's checkpoints leave out the random-number state, so that a resumed run differs from an uninterrupted
-    one, and hold the successor of a warm-up schedule as an object. The scheduler's state becomes plain values."""
-    from .runtime.dassl.engine import resume
+    one, and hold the successor of a warm-up schedule as an object, which becomes plain values. Its load_model cannot
+    print a checkpoint that was saved without a validation result, which all but model-best are."""
+    from .runtime.dassl.engine import checkpoints
 
     base = importlib.import_module("dassl.engine.trainer").TrainerBase
-    base.save_model, base.resume_model_if_exist = resume.save_model, resume.resume_model_if_exist
+    for name in ("save_model", "load_model", "resume_model_if_exist"):
+        setattr(base, name, getattr(checkpoints, name))
     warmup = importlib.import_module("dassl.optim.lr_scheduler")._BaseWarmupScheduler
     parent = torch.optim.lr_scheduler.LRScheduler
 

@@ -20,7 +20,7 @@ import yaml
 from yacs.config import CfgNode
 
 from . import compat
-from .runtime.dassl.engine.resume import saved_epochs
+from .runtime.dassl.engine.checkpoints import saved_epochs
 from .runtime.dassl.utils import collect_env_info, set_random_seed, setup_logger
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -107,9 +107,7 @@ def test_a_nan_loss_stops_names_the_batch_and_keeps_the_last_checkpoint(mistake,
 
 def test_eval_only_gives_the_accuracy_of_the_trained_model(root):
     trained = train_squares(root, root / "out")
-    evaluated = train_squares(
-        root, root / "eval", "--eval-only", "--model-dir", str(root / "out"), "--load-epoch", "4"
-    )
+    evaluated = train_squares(root, root / "eval", "--eval-only", "--model-dir", str(root / "out"), "--load-epoch", "4")
     assert evaluated.results == trained.results
     assert not (root / "eval" / "linear").exists()
 
@@ -133,7 +131,7 @@ def test_damaged_and_missing_images_are_left_out_and_counted(root):
 def test_only_unreadable_images_are_an_error(mistake, root):
     for path in (root / "squares").glob("*/*.png"):
         path.write_bytes(b"no image")
-    assert "none of the" in mistake() and "--root" not in mistake("DATALOADER.NUM_WORKERS", "1")
+    assert "none of the 20 images can be read" in mistake() and not (root / "out" / "linear").exists()
 
 
 def test_a_class_without_images_is_named(mistake, root):
@@ -144,7 +142,6 @@ def test_a_class_without_images_is_named(mistake, root):
 
 def test_an_output_folder_that_cannot_be_written_is_reported_before_anything_is_built(mistake, root):
     (root / "file").write_text("")
-    assert f"--output-dir {root / 'file' / 'out'}" in mistake("OUTPUT_DIR", "x", "--root", "x") or True
     line = mistake(flags=squares_args(root, root / "file" / "out"))
     assert f"--output-dir {root / 'file' / 'out'}: cannot write there" in line
 

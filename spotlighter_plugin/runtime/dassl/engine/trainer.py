@@ -18,11 +18,10 @@ from ..utils import (
     AverageMeter,
     MetricMeter,
     count_num_param,
-    load_checkpoint,
     load_pretrained_weights,
     tolist_if_not,
 )
-from . import resume
+from . import checkpoints
 
 try:
     from torch.utils.tensorboard import SummaryWriter
@@ -60,8 +59,9 @@ class SimpleNet(nn.Module):
 class TrainerBase:
     """Tables of models with their optimizers and schedules, and the epoch loop over them."""
 
-    save_model = resume.save_model
-    resume_model_if_exist = resume.resume_model_if_exist
+    save_model = checkpoints.save_model
+    load_model = checkpoints.load_model
+    resume_model_if_exist = checkpoints.resume_model_if_exist
 
     def __init__(self):
         self._models, self._optims, self._scheds = {}, {}, {}
@@ -84,21 +84,6 @@ class TrainerBase:
         if unknown := [name for name in names if name not in self._models]:
             raise ValueError(f"no model named {unknown}; registered are {list(self._models)}")
         return names
-
-    def load_model(self, directory, epoch=None):
-        """Load each registered model from `directory`: of that epoch, or the best one. No directory: do nothing."""
-        if not directory:
-            print("Note: load_model() is skipped, no folder is given (--model-dir)")
-            return
-        file = "model-best.pth.tar" if epoch is None else f"model.pth.tar-{epoch}"
-        for name in self.get_model_names():
-            path = os.path.join(directory, name, file)
-            if not os.path.exists(path):
-                there = sorted(resume.saved_epochs(os.path.dirname(path)))
-                raise FileNotFoundError(f"no model at {path}; epochs to give as --load-epoch: {there or 'none'}")
-            checkpoint = load_checkpoint(path)
-            self._models[name].load_state_dict(checkpoint["state_dict"])
-            print(f"Load {path} to {name} (epoch={checkpoint['epoch']}, val_result={checkpoint.get('val_result')})")
 
     def set_model_mode(self, mode="train", names=None):
         if mode not in ("train", "test", "eval"):

@@ -1,4 +1,4 @@
-"""Saving and continuing a run so that the continued one equals the uninterrupted one.
+"""Saving, loading, and continuing a run so that the continued one equals the uninterrupted one.
 
 These are functions over any trainer with Dassl's tables `_models`, `_optims`, `_scheds`; TrainerBase takes them as
 methods, and compat.py gives them to the real Dassl's TrainerBase too. The generators of random numbers and the best
@@ -33,6 +33,22 @@ def save_model(self, epoch, directory, is_best=False, val_result=None, model_nam
             is_best=is_best,
             model_name=model_name,
         )
+
+
+def load_model(self, directory, epoch=None):
+    """Load each registered model from `directory`: of that epoch, or the best one. No directory: do nothing."""
+    if not directory:
+        print("Note: load_model() is skipped, no folder is given (--model-dir)")
+        return
+    file = "model-best.pth.tar" if epoch is None else f"model.pth.tar-{epoch}"
+    for name in self.get_model_names():
+        path = os.path.join(directory, name, file)
+        if not os.path.exists(path):
+            there = sorted(saved_epochs(os.path.dirname(path)))
+            raise FileNotFoundError(f"no model at {path}; epochs to give as --load-epoch: {there or 'none'}")
+        checkpoint = load_checkpoint(path)
+        self._models[name].load_state_dict(checkpoint["state_dict"])
+        print(f"Load {path} to {name} (epoch={checkpoint['epoch']}, val_result={checkpoint.get('val_result')})")
 
 
 def resume_model_if_exist(self, directory):

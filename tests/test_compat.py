@@ -1,0 +1,132 @@
+"""compat.py: what must import does, once, and a real Dassl is preferred to ours."""
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from spotlighter_plugin import compat
+
+ROOT = Path(__file__).resolve().parent.parent
+UPSTREAM = Path(os.environ.get("SPOTLIGHTER_UPSTREAM", "/nonexistent"))
+
+
+def python(code, *, path=()):
+    """Run `code` in a fresh interpreter from the repository's root; returns what it printed."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *map(str, path)])}
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd="/", capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def installed_dassl(tmp_path):
+    """A stand-in for the real Dassl: imports what the real one imports, and its warm-up passes `verbose`."""
+    package = tmp_path / "dassl"
+    package.mkdir()
+    (package / "__init__.py").write_text("__version__ = 'real'\n")
+    (package / "engine.py").write_text(
+        "import gdown\nimport pandas as pd\nfrom tabulate import tabulate\n"
+        "from torch.utils.tensorboard import SummaryWriter\n"
+        "from wilds.common.data_loaders import get_eval_loader\n"
+    )
+    return tmp_path
+
+
+def test_clip_torchvision_and_dassl_import_after_the_plugin():
+    out = python("import spotlighter_plugin, clip, torchvision, dassl.engine; print(dassl.__name__, clip.__name__)")
+    assert out == "dassl clip"
+
+
+def test_importing_twice_changes_nothing():
+    init, paths, held = torch.optim.lr_scheduler.LRScheduler.__init__, list(sys.path), list(compat._libraries)
+    compat.apply()
+    compat.prepare_dassl()
+    compat.prepare_dassl()
+    assert torch.optim.lr_scheduler.LRScheduler.__init__ is init
+    assert sys.path == paths and compat._libraries == held
+    assert sys.path.count(str(compat.RUNTIME)) == (0 if compat.real_dassl() else 1)
+
+
+def test_torchvisions_operators_are_declared_only_where_they_cannot_load():
+    assert hasattr(torch.ops.torchvision, "nms")
+    import torchvision
+
+    assert torchvision.extension._has_ops() != bool(compat._libraries)
+
+
+def test_an_installed_dassl_is_preferred_and_imports_without_what_prompt_tuning_never_calls(installed_dassl):
+    out = python(
+        "import importlib.util, sys, spotlighter_plugin, dassl.engine; from spotlighter_plugin import compat\n"
+        "assert compat.real_dassl() and dassl.__version__ == 'real' and str(compat.RUNTIME) not in sys.path\n"
+        "from torch.utils.tensorboard import SummaryWriter; SummaryWriter('x').add_scalar('a', 1, 2)\n"
+        "assert 'wilds' not in sys.modules or importlib.util.find_spec('wilds') is not None\n"
+        "print(dassl.engine.tabulate([['a', 1]]))",
+        path=[installed_dassl],
+    )
+    assert "a" in out and "1" in out
+
+
+def test_what_a_stub_stands_for_cannot_be_called():
+    loader = compat._Refusing("wilds.common.data_loaders").get_eval_loader
+    with pytest.raises(ImportError, match="wilds.common.data_loaders.get_eval_loader was called"):
+        loader("standard")
+
+
+def test_a_scheduler_that_passes_verbose_works(monkeypatch):
+    scheduler = torch.optim.lr_scheduler.LRScheduler
+    monkeypatch.setattr(scheduler, "__init__", scheduler.__init__)  # given back after the test
+    compat.accept_verbose_in_lr_schedulers.__wrapped__()
+
+    class Halving(scheduler):
+        def __init__(self, optimizer, last_epoch=-1, verbose=False):
+            super().__init__(optimizer, last_epoch, verbose)
+
+        def get_lr(self):
+            return [rate * 0.5**self.last_epoch for rate in self.base_lrs]
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    schedule = Halving(optimizer)
+    optimizer.step()
+    schedule.step()
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_a_fix_that_ran_does_not_run_again():
+    calls = []
+    fix = compat.once(lambda: calls.append(1))
+    fix()
+    fix()
+    assert calls == [1]
+
+
+@pytest.mark.skipif(not compat.real_dassl(), reason="needs the real Dassl")
+def test_a_checkpoint_that_the_real_dassl_wrote_loads(tmp_path):
+    from dassl import utils
+    from dassl.optim.lr_scheduler import ConstantWarmupScheduler
+
+    compat.prepare_dassl()
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    successor = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5)
+    schedule = ConstantWarmupScheduler(optimizer, successor, 1, 1e-5)
+    as_upstream = {key: value for key, value in vars(schedule).items() if key != "optimizer"}
+    state = {"state_dict": {"ctx": torch.ones(2)}, "epoch": 3, "scheduler": as_upstream, "val_result": None}
+    torch.save(state, tmp_path / "model.pth.tar-3")
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "model.pth.tar-3", weights_only=True)
+    assert utils.load_checkpoint(str(tmp_path / "model.pth.tar-3"))["state_dict"]["ctx"].tolist() == [1, 1]
+
+
+@pytest.mark.skipif(
+    compat.real_dassl() or not (UPSTREAM / "dassl").is_dir(), reason="SPOTLIGHTER_UPSTREAM holds no dassl checkout"
+)
+def test_train_py_and_the_runtime_pass_their_tests_on_the_real_dassl():
+    env = {**os.environ, "PYTHONPATH": str(UPSTREAM / "dassl")}
+    files = ["tests/test_train_run.py", "tests/test_dassl_runtime.py", "tests/test_compat.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:]
