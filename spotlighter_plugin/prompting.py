@@ -31,9 +31,9 @@ class TextEncoder(nn.Module):
 class PromptLearner(nn.Module):
     """Learned context vectors around the class names' own token embeddings.
 
-    n_ctx: number of context vectors (0: as many as ctx_init has tokens); ctx_init: words to start from (then the words
-    beyond the first n_ctx stay as they are); per_class: one context for each class; position: where the class name
-    stands, "end", "middle" or "front". Calling it gives token embeddings (C, 77, w).
+    n_ctx: number of context vectors (0: as many as ctx_init has tokens); ctx_init: words to start from (those beyond
+    the first n_ctx stay as they are; with fewer than n_ctx it is not used); per_class: one context for each class;
+    position: where the class name stands, "end", "middle" or "front". Calling it gives token embeddings (C, 77, w).
     """
 
     def __init__(self, class_names, clip_model, n_ctx, ctx_init="", per_class=False, position="end"):
@@ -43,35 +43,29 @@ class PromptLearner(nn.Module):
         if n_ctx < 1 and not ctx_init:
             raise ValueError(f"N_CTX {n_ctx} is below 1: set N_CTX, or CTX_INIT")
         names = [name.replace("_", " ") for name in class_names]
-        ctx_init = ctx_init.replace("_", " ")
-        ctx, opening = self._initial_context(clip_model, n_ctx, ctx_init)  # (n_ctx, w)
-        n_ctx = len(ctx)
-        if per_class:
-            ctx = ctx.repeat(len(names), 1, 1) if ctx_init else torch.randn(len(names), *ctx.shape) * 0.02
+        copies = [len(names)] if per_class else []
+        ctx, opening = self._initial_context(clip_model, n_ctx, ctx_init.replace("_", " "), copies)
         self.ctx = nn.Parameter(ctx.type(clip_model.dtype))  # (n_ctx, w) or (C, n_ctx, w)
 
-        self.n_cls, self.n_ctx = len(names), n_ctx
+        self.n_cls, self.n_ctx = len(names), ctx.shape[-2]
         self.tokenized_prompts = tokenize([f"{opening} {name}." for name in names])  # (C, 77)
         device = clip_model.token_embedding.weight.device
         with torch.no_grad():
             embeddings = clip_model.token_embedding(self.tokenized_prompts.to(device)).type(clip_model.dtype)
         # saved with the checkpoint, but never loaded: they belong to the present class names
         self.register_buffer("token_prefix", embeddings[:, :1])  # (C, 1, w) start of text
-        self.register_buffer("token_suffix", embeddings[:, 1 + n_ctx :])  # (C, 76 - n_ctx, w) name, end, padding
-        order = self._order(names, position)  # (C, 77) or None
-        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("token_suffix", embeddings[:, 1 + self.n_ctx :])  # (C, 76 - n_ctx, w) name, end, padding
+        self.register_buffer("order", self._order(names, position), persistent=False)  # (C, 77) or None
 
     @staticmethod
-    def _initial_context(clip_model, n_ctx, ctx_init):
-        if not ctx_init:
+    def _initial_context(clip_model, n_ctx, ctx_init, copies):
+        if n_ctx > len(_tokenizer.encode(ctx_init)):
             width = clip_model.ln_final.weight.shape[0]
-            return torch.randn(n_ctx, width) * 0.02, " ".join(["X"] * n_ctx)
-        words = len(_tokenizer.encode(ctx_init))
-        if n_ctx > words:
-            raise ValueError(f"CTX_INIT {ctx_init!r} has {words} tokens, fewer than N_CTX {n_ctx}: lower N_CTX")
+            return torch.randn(*copies, n_ctx, width) * 0.02, " ".join(["X"] * n_ctx)
+        n_ctx = n_ctx or len(_tokenizer.encode(ctx_init))
         ids = tokenize([ctx_init]).to(clip_model.token_embedding.weight.device)
         with torch.no_grad():
-            return clip_model.token_embedding(ids)[0, 1 : 1 + (n_ctx or words)], ctx_init
+            return clip_model.token_embedding(ids)[0, 1 : 1 + n_ctx].repeat(*copies, 1, 1), ctx_init
 
     def _order(self, names, position):
         """Where each position of the prompt comes from when [start, context, name, rest] is rearranged: (C, 77)."""
@@ -93,24 +87,16 @@ class PromptLearner(nn.Module):
         return prompts.gather(1, self.order[..., None].expand_as(prompts))
 
 
-class PromptedCLIP(nn.Module):
-    """A CLIP classifier over class names: the shape that all hosts here share, with upstream's field names.
+class CLIPClassifier(nn.Module):
+    """A CLIP classifier over class names: what all hosts here share.
 
-    A host gives its prompt_learner (with tokenized_prompts), and overrides encode_text where it differs.
+    A host has image_encoder (CLIP's image tower) and logit_scale, and says how its texts are encoded.
     cache_text: without gradient, keep the text embeddings until a parameter changes; False runs the text tower on
     every batch, as upstream does.
     """
 
     cache_text = True
-
-    def __init__(self, clip_model: CLIP, prompt_learner: nn.Module):
-        super().__init__()
-        self.prompt_learner = prompt_learner
-        self.tokenized_prompts = prompt_learner.tokenized_prompts
-        self.image_encoder = clip_model.visual
-        self.text_encoder = TextEncoder(clip_model)
-        self.logit_scale = clip_model.logit_scale
-        self._cached = (None, None)
+    _cached = (None, None)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -121,11 +107,11 @@ class PromptedCLIP(nn.Module):
         return self.image_encoder(image.type(self.dtype))
 
     def encode_text(self) -> torch.Tensor:
-        """Embeddings of the present prompts, (C, d), not normalized."""
-        return self.text_encoder(self.prompt_learner(), self.tokenized_prompts)
+        """Embeddings of the classes at present, (C, d), not normalized."""
+        raise NotImplementedError
 
     def text_features(self) -> torch.Tensor:
-        """Normalized embeddings of the present prompts, (C, d)."""
+        """Normalized embeddings of the classes at present, (C, d)."""
         if torch.is_grad_enabled() or not self.cache_text:
             return normalize(self.encode_text())
         tensors = itertools.chain(self.parameters(), self.buffers())
@@ -138,6 +124,21 @@ class PromptedCLIP(nn.Module):
         """(B, 3, H, W) -> logits (B, C)."""
         image_features = normalize(self.encode_image(image))  # (B, d)
         return self.logit_scale.exp() * image_features @ self.text_features().t()
+
+
+class PromptedCLIP(CLIPClassifier):
+    """A classifier whose texts come from a prompt_learner (with tokenized_prompts); upstream's field names."""
+
+    def __init__(self, clip_model: CLIP, prompt_learner: nn.Module):
+        super().__init__()
+        self.prompt_learner = prompt_learner
+        self.tokenized_prompts = prompt_learner.tokenized_prompts
+        self.image_encoder = clip_model.visual
+        self.text_encoder = TextEncoder(clip_model)
+        self.logit_scale = clip_model.logit_scale
+
+    def encode_text(self) -> torch.Tensor:
+        return self.text_encoder(self.prompt_learner(), self.tokenized_prompts)
 
 
 def normalize(features: torch.Tensor) -> torch.Tensor:

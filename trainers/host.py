@@ -111,10 +111,9 @@ class HostTrainer(TrainerX):
             print("No folder to load from was given (--model-dir): the model stays as it is")
             return
         file_name = "model-best.pth.tar" if epoch is None else f"model.pth.tar-{epoch}"
-        for name in self.get_model_names():
-            path = osp.join(directory, name, file_name)
-            if not osp.exists(path):
-                raise FileNotFoundError(f'Model not found at "{path}": set --model-dir and --load-epoch')
-            content = load_checkpoint(path)
-            load_weights(self._models[name], content["state_dict"], path)
-            print(f'Loaded {name} from "{path}" (epoch = {content["epoch"]})')
+        path = osp.join(directory, self.checkpoint, file_name)
+        if not osp.exists(path):
+            raise FileNotFoundError(f'Model not found at "{path}": set --model-dir and --load-epoch')
+        content = load_checkpoint(path)
+        load_weights(self._models[self.checkpoint], content["state_dict"], path)
+        print(f'Loaded {self.checkpoint} from "{path}" (epoch = {content["epoch"]})')
