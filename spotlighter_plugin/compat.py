@@ -105,8 +105,7 @@ def import_dassl_without_unused():
     are there while Dassl is imported, as modules whose members refuse to be called, or fall back to plain text or
     silence, and gone afterwards, so that nobody else takes pandas for installed."""
     importlib.import_module("torchvision")  # looks for pandas itself: must not find ours
-    refusing = [*("wilds", "wilds.common", "wilds.common.data_loaders"), "pandas", "gdown"]
-    stubs = {name: _Refusing(name) for name in refusing if not _importable(name)}
+    stubs = {name: _Refusing(name) for name in ("wilds", "pandas", "gdown") if not _importable(name)}
     if not _importable("tabulate"):
         stubs["tabulate"] = _module("tabulate", tabulate=lambda rows: "\n".join("  ".join(map(str, r)) for r in rows))
     if not _importable("tensorboard"):
@@ -135,8 +134,6 @@ def _module(name, **members):
 
 class _Refusing(types.ModuleType):
     """A module whose every attribute is a class that cannot be used."""
-
-    __path__ = ()
 
     def __getattr__(self, attribute):
         if attribute.startswith("__"):

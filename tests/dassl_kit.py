@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from dassl.data.datasets import DATASET_REGISTRY, DatasetBase, Datum
-from dassl.engine import TRAINER_REGISTRY, TrainerX
+from dassl.engine import TRAINER_REGISTRY, TrainerX, TrainerXU
 from dassl.metrics import compute_accuracy
+from dassl.modeling import BACKBONE_REGISTRY, Backbone
 from dassl.optim import build_lr_scheduler, build_optimizer
 from PIL import Image
 
@@ -37,7 +38,8 @@ class Squares(DatasetBase):
             for path in sorted(Path(cfg.DATASET.ROOT, "squares", name).glob("*.png"))
         ]
         train = self.generate_fewshot_dataset(items, num_shots=cfg.DATASET.NUM_SHOTS)
-        super().__init__(train_x=train, val=items[::2], test=items)
+        unlabelled = items if cfg.DATASET.ALL_AS_UNLABELED else None
+        super().__init__(train_x=train, train_u=unlabelled, val=items[::2], test=items)
 
 
 @TRAINER_REGISTRY.register()
@@ -63,6 +65,43 @@ class Linear(TrainerX):
         if self.batch_idx + 1 == self.num_batches:
             self.update_lr()
         return {"loss": loss.item(), "acc": compute_accuracy(output, labels)[0].item()}
+
+
+@TRAINER_REGISTRY.register()
+class LinearXU(TrainerXU):
+    """The same without dropout, with the mean confidence on unlabelled images as a second loss."""
+
+    build_model = Linear.build_model
+
+    def forward_backward(self, batch_x, batch_u):
+        images, labels, unlabelled = self.parse_batch_train(batch_x, batch_u)
+        confidence = self.model(unlabelled).softmax(dim=1).amax(dim=1).mean()
+        loss = torch.nn.functional.cross_entropy(self.model(images), labels) - 0.01 * confidence
+        self.model_backward_and_update(loss)
+        if self.batch_idx + 1 == self.num_batches:
+            self.update_lr()
+        return {"loss": loss.item()}
+
+
+@BACKBONE_REGISTRY.register()
+class Flat(Backbone):
+    def __init__(self, pretrained=True, **kwargs):
+        super().__init__()
+        self._out_features = 3 * 16 * 16
+
+    def forward(self, images):
+        return images.flatten(1)
+
+
+@TRAINER_REGISTRY.register()
+class Plain(TrainerX):
+    """Dassl's own model: a backbone and a classifier."""
+
+    def forward_backward(self, batch):
+        images, labels, _ = self.parse_batch_train(batch)
+        loss = torch.nn.functional.cross_entropy(self.model(images), labels)
+        self.model_backward_and_update(loss)
+        return {"loss": loss.item()}
 
 
 def squares_args(root, output, *options):

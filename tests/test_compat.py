@@ -32,7 +32,7 @@ def installed_dassl(tmp_path):
     (package / "engine.py").write_text(
         "import gdown\nimport pandas as pd\nfrom tabulate import tabulate\n"
         "from torch.utils.tensorboard import SummaryWriter\n"
-        "from wilds.common.data_loaders import get_eval_loader\n"
+        "from wilds import get_dataset\n"
     )
     return tmp_path
 
@@ -72,9 +72,9 @@ def test_an_installed_dassl_is_preferred_and_imports_without_what_prompt_tuning_
 
 
 def test_what_a_stub_stands_for_cannot_be_called():
-    loader = compat._Refusing("wilds.common.data_loaders").get_eval_loader
-    with pytest.raises(ImportError, match="wilds.common.data_loaders.get_eval_loader was called"):
-        loader("standard")
+    loader = compat._Refusing("wilds").get_dataset
+    with pytest.raises(ImportError, match="wilds.get_dataset was called"):
+        loader("fmow")
 
 
 def test_a_scheduler_that_passes_verbose_works(monkeypatch):

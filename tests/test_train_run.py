@@ -9,7 +9,7 @@ import pytest
 import torch
 from dassl_kit import CLASSES, PER_CLASS, Linear, draw_squares, squares_args, train_squares, weights
 
-from spotlighter_plugin.training import main
+from spotlighter_plugin.training import main, run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -112,6 +112,31 @@ def test_eval_only_gives_the_accuracy_of_the_trained_model(root):
     assert not (root / "eval" / "linear").exists()
 
 
+def test_without_output_dir_each_data_set_trainer_half_and_seed_has_its_own_folder(root, monkeypatch):
+    monkeypatch.chdir(root)
+    plain = squares_args(root, "x")[:-2]
+    assert run([*plain, "--no-train"]).cfg.OUTPUT_DIR == "output/Squares/Linear/seed1"
+    half = run([*plain, "--no-train", "--seed", "3", "DATASET.SUBSAMPLE_CLASSES", "base"])
+    assert half.cfg.OUTPUT_DIR == "output/Squares/Linear/base/seed3"
+    assert run([*plain, "--no-train", "OUTPUT_DIR", "mine"]).cfg.OUTPUT_DIR == "mine"
+    assert (root / "mine" / "log.txt").is_file()
+
+
+def test_unlabelled_batches_run_beside_labelled_ones(root):
+    done = train_squares(root, root / "out", "--trainer", "LinearXU", "DATASET.ALL_AS_UNLABELED", "True")
+    assert done.results["accuracy"] > 80 and done.trainer.num_batches == 4
+    short = train_squares(
+        root, root / "short", "--trainer", "LinearXU", "DATASET.ALL_AS_UNLABELED", "True", "DATASET.NUM_SHOTS", "2",
+        "TRAIN.COUNT_ITER", "train_u",
+    )  # fmt: skip
+    assert len(short.trainer.train_loader_x) == 1 and short.trainer.num_batches == 4
+
+
+def test_a_trainer_that_builds_no_model_of_its_own_gets_a_registered_backbone_and_a_classifier(root):
+    done = train_squares(root, root / "out", "--trainer", "Plain", "--backbone", "Flat", "OPTIM.MAX_EPOCH", "1")
+    assert {"classifier.weight", "classifier.bias"} == set(weights(done)) and done.results["accuracy"] > 30
+
+
 def test_no_train_builds_and_stops(root):
     done = train_squares(root, root / "out", "--no-train")
     assert done.results == {} and not (root / "out" / "linear").exists()
@@ -162,7 +187,6 @@ def test_a_folder_with_a_run_of_other_settings_is_not_continued(mistake, root):
         (["OPTIM.NAME", "sgdd"], "sgdd"),
         (["OPTIM.LR_SCHEDULER", "cosinus"], "cosine"),
         (["DATASET.NAME", "Squarse"], "did you mean Squares?"),
-        (["DATASET.SUBSAMPLE_CLASSES", "old"], "all, base, new"),
         (["DATALOADER.TRAIN_X.BATCH_SIZE", "0"], "BATCH_SIZE is 0"),
         (["--trainer", "Liner"], "did you mean Linear?"),
         (["--config-file", "nowhere.yaml"], "nowhere.yaml: no such file"),

@@ -256,7 +256,9 @@ class SimpleTrainer(TrainerBase):
         if split != "val" or self.val_loader is None:
             split = "test"
         print(f"Evaluate on the *{split}* set")
-        for batch in tqdm(self.val_loader if split == "val" else self.test_loader):
+        for batch in tqdm(
+            self.val_loader if split == "val" else self.test_loader, disable=None
+        ):  # None: on a terminal only
             images, labels = self.parse_batch_test(batch)
             self.evaluator.process(self.model_inference(images), labels)
         results = self.evaluator.evaluate()
