@@ -31,12 +31,16 @@ class SpotlighterTrainerMixin:
         super().check_cfg(cfg)
         from_cfg(cfg)
 
+    def make_adapter(self, host, class_names):
+        """The adapter of this run; a host whose adapter needs more than its model overrides this."""
+        return self.adapter(host, class_names)
+
     def build_model(self):
         super().build_model()
         host = self.model.module if isinstance(self.model, nn.DataParallel) else self.model
         class_names = list(self.dm.dataset.classnames)
         config = from_cfg(self.cfg)
-        self.model = SpotlighterWrapper(host, config, self.adapter(host, class_names), class_names).to(self.device)
+        self.model = SpotlighterWrapper(host, config, self.make_adapter(host, class_names), class_names).to(self.device)
         added = self.model.extra_parameter_count()
         print(f"Spotlighter adds {added:,} trainable parameters (mapping: {config.mapping})")
         optim = sched = None
@@ -47,6 +51,10 @@ class SpotlighterTrainerMixin:
             optim = build_optimizer(self.model.plugin, options)
             sched = build_lr_scheduler(optim, options)
         self.register_model(self.folder, self.model.plugin, optim, sched)
+
+    def make_adapter(self, host, class_names):
+        """The adapter of the host's model; a host whose adapter needs more than these two overrides it."""
+        return self.adapter(host, class_names)
 
     def before_train(self):
         if {"reg_text", "kl_visual"} & set(self.model.config.losses):
@@ -73,7 +81,7 @@ class SpotlighterTrainerMixin:
 
     def model_inference(self, images):
         with torch.autocast(self.device.type, enabled=self._precision() == "amp"):
-            return self.model(images)
+            return super().model_inference(images)
 
     def load_model(self, directory, epoch=None):
         """Load the host's checkpoint the host's way, and the plug-in's beside it if the folder has one."""
@@ -97,7 +105,8 @@ class SpotlighterTrainerMixin:
 
     def _precision(self):
         """The host's PREC: fp16, fp32 or amp."""
-        return self.cfg.TRAINER[self.adapter.name.upper()].get("PREC", "fp32")
+        nodes = (self.adapter.name.upper(), "COOP")  # CLIPFit's fork has its options under COOP
+        return next((self.cfg.TRAINER[node].PREC for node in nodes if node in self.cfg.TRAINER), "fp32")
 
     def _update(self, loss):
         scaler = getattr(self, "scaler", None)

@@ -9,6 +9,8 @@ from dassl.engine import build_trainer
 from PIL import Image
 from random_clips import CLASS_NAMES, SIZE, save_random_clip
 
+from spotlighter_plugin import config
+
 COLOURS = [(220, 30, 30), (30, 200, 40), (40, 60, 230), (230, 220, 40), (60, 60, 60), (240, 225, 210)]
 
 
@@ -41,9 +43,11 @@ def make_cfg(folder, trainer, module, *options, backbone=None):
     """The options of a short run of `trainer` (defined in trainers/<module>.py) with everything in `folder`."""
     cfg = get_cfg_default()
     cfg.DATASET.SUBSAMPLE_CLASSES = "all"
-    trainer_module = importlib.import_module(f"trainers.{module}")
-    if hasattr(trainer_module, "extend_cfg"):
-        trainer_module.extend_cfg(cfg)
+    config.extend_cfg(cfg)
+    for name in (module.removesuffix("_spotlighter"), module):
+        trainer_module = importlib.import_module(f"trainers.{name}")
+        if hasattr(trainer_module, "extend_cfg"):
+            trainer_module.extend_cfg(cfg)
     (folder / "data").mkdir(exist_ok=True)
     cfg.merge_from_list(
         ["DATASET.NAME", "ColouredSquares", "DATASET.ROOT", str(folder / "data"), "OUTPUT_DIR", str(folder / "out")]

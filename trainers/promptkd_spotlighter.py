@@ -1,0 +1,25 @@
+"""PromptKD with Spotlighter: the distillation loss is taken on Spotlighter's logits, the bank files images by the
+teacher's labels."""
+
+from dassl.engine import TRAINER_REGISTRY, TrainerX
+
+from spotlighter_plugin.hosts.promptkd import PromptKDAdapter, classes_of_split
+from spotlighter_plugin.trainer import SpotlighterTrainerMixin
+
+
+@TRAINER_REGISTRY.register()
+class PromptKDSpotlighter(SpotlighterTrainerMixin, TRAINER_REGISTRY.get("PromptKD")):
+    adapter = PromptKDAdapter
+    split = "test"
+
+    def make_adapter(self, host, class_names):
+        options = self.cfg.TRAINER.PROMPTKD
+        return PromptKDAdapter(host, class_names, self.model_teacher, options.KD_WEIGHT, options.TEMPERATURE)
+
+    def test(self, split=None):
+        self.split = split or self.cfg.TEST.SPLIT
+        return TrainerX.test(self, split)  # the fork's own asks the teacher about every test image
+
+    def model_inference(self, images):
+        logits = super().model_inference(images)  # (B, C)
+        return logits[:, classes_of_split(self.cfg.TRAINER.MODAL, logits.shape[1], self.split)]
