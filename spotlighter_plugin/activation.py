@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def project(hidden: Tensor, vision: nn.Module) -> Tensor:
-    """π, then unit length: hidden states (…, w) seen in the joint space (…, d), float32."""
-    joint = vision.ln_post(hidden) @ vision.proj.to(hidden.dtype)
-    return F.normalize(joint.float(), dim=-1)
+def read_out(hidden: Tensor, vision: nn.Module) -> Tensor:
+    """π = proj ∘ ln_post: hidden states (…, w) seen in the tower's joint space (…, d)."""
+    return vision.ln_post(hidden) @ vision.proj.to(hidden.dtype)
 
 
 def expected_text(image: Tensor, text: Tensor, scale: Tensor | float) -> Tensor:
@@ -67,7 +66,7 @@ def contribution_score(
     Σ_h a_hi ⟨W_v,hᵀ W_o,hᵀ g, x_i⟩ along g = centred(γ ∘ proj t̂). MLPs and blocks after s are not looked through.
 
     Args:
-        target: t̂ (B, d), the direction in the joint space.
+        target: t̂ (B, d), the direction in the tower's joint space.
         sign: ``signed`` keeps tokens that add most; ``positive`` treats all that subtract alike, as Grad-CAM does;
             ``absolute`` keeps those that add or subtract most.
     """
@@ -91,13 +90,16 @@ def lens_score(tokens: Tensor, target: Tensor) -> Tensor:
     return torch.einsum("bnd,bd->bn", tokens, target)
 
 
-def value_score(hidden: Tensor, block: nn.Module, vision: nn.Module, target: Tensor, n_tokens: int) -> Tensor:
-    """cos(π(W_o W_v LN1(h_i)), ·) along t̂: each token read out through the value path alone, as MaskCLIP does."""
+def value_score(hidden: Tensor, block: nn.Module, project, target: Tensor, n_tokens: int) -> Tensor:
+    """cos(π(W_o W_v LN1(h_i)), ·) along t̂: each token read out through the value path alone, as MaskCLIP does.
+
+    project: π followed by normalization, (…, w) → (…, d).
+    """
     width, attention = hidden.shape[-1], block.attn
     normed = block.ln_1(hidden[1 : 1 + n_tokens]).float()  # (N, B, w)
     value = F.linear(normed, attention.in_proj_weight[2 * width :].float(), attention.in_proj_bias[2 * width :].float())
     out = F.linear(value, attention.out_proj.weight.float(), attention.out_proj.bias.float())
-    return torch.einsum("nbd,bd->bn", project(out, vision), target)
+    return torch.einsum("nbd,bd->bn", project(out), target)
 
 
 def random_score(keys: Tensor, n_tokens: int, seed: int = 0) -> Tensor:
@@ -131,9 +133,7 @@ def match_category(cls: Tensor, prototypes: Tensor, filled: Tensor) -> Tensor:
     return similarity.argmax(-1)
 
 
-def semantic_score(
-    tokens: Tensor, prototypes: Tensor, filled: Tensor, target: Tensor, scale: Tensor | float
-) -> Tensor:
+def semantic_score(tokens: Tensor, prototypes: Tensor, filled: Tensor, target: Tensor, scale: Tensor | float) -> Tensor:
     """Σ_p ω_p cos(z_i, π(U_c*,p)), ω = softmax_p(cos(π(U_c*,p), t̂)/τ): prototypes seen from image and text.
 
     Args:

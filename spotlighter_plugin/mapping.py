@@ -87,17 +87,6 @@ class LinearTRM(nn.Module):
         return FactoredText(base, self.alpha * F.linear(tokens, mixed), match_texts(text, tokens, scale))
 
 
-class GatedTRM(nn.Module):
-    """t^rep_c = t_c + g Σ_j A_cj z_j with one trained weight g in the place of α Linear."""
-
-    def __init__(self, weight: nn.Parameter):
-        super().__init__()
-        self.weight = weight
-
-    def forward(self, text: Tensor, tokens: Tensor, scale) -> FactoredText:
-        return FactoredText(text, self.weight * tokens, match_texts(text, tokens, scale))
-
-
 class TransformerTRM(nn.Module):
     """Table XI's costly variant: a transformer layer in which texts look at the kept tokens, added with weight α."""
 
@@ -167,7 +156,7 @@ class Mapping(nn.Module):
     """What the plug-in trains. Without gates: IRM, TRM and, where they are in use, one weight each for Û and the bank.
 
     Attributes:
-        irm, trm: modules, or None.
+        irm: module, or None.
         readout_weight: α_v, weight of π(Û) beside π(CLS), a scalar that starts at 0, or None.
         match_weight: weight of the match with the bank in the logits, a scalar that starts at 0, or None.
     """
@@ -180,6 +169,11 @@ class Mapping(nn.Module):
         self.trm = text(dim, config.alpha) if text is not None else None
         self.readout_weight = nn.Parameter(torch.zeros(())) if uses_irm else None
         self.match_weight = nn.Parameter(torch.zeros(())) if config.prototype_logits else None
+
+    @property
+    def mixes_texts(self) -> bool:
+        """Whether texts depend on the kept tokens."""
+        return self.trm is not None
 
     def head_scale(self) -> Tensor | None:
         """(H,) multiplies the heads of block s, or None."""
@@ -200,26 +194,40 @@ class GatedMapping(Mapping):
     * one gate per head scales by 1 + g that head in CLS's attention, where tokens are scored, and in block s;
     * one gate per 64-wide group of the joint space scales by 1 + g both sides of every cosine that decides;
     * one blend weighs what comes to the host's logits: the match with the bank where ``prototype_logits`` is on,
-      the kept tokens in the texts (Eq. 11 without Linear) where it is off, and Û in the readout where Û is used.
+      the kept tokens in the texts (Eq. 11 with it in the place of α Linear) where it is off, and Û in the readout
+      where Û is used.
     """
 
     def __init__(self, config, width: int, dim: int, heads: int):
         nn.Module.__init__(self)
+        self.dim, self.matches = dim, config.prototype_logits
         self.heads = nn.Parameter(torch.zeros(heads))
         self.groups = nn.Parameter(torch.zeros(-(-dim // GROUP)))
         self.blend = nn.Parameter(torch.zeros(()))
-        self.dim = dim
-        uses_irm = config.prototypes_in != "none"
-        self.irm = FrozenAttentionIRM(width, trains_ffn=False) if uses_irm else None
-        self.readout_weight = self.blend if uses_irm else None
-        self.match_weight = self.blend if config.prototype_logits else None
-        self.trm = None if config.prototype_logits else GatedTRM(self.blend)
+        self.irm = FrozenAttentionIRM(width, trains_ffn=False) if config.prototypes_in != "none" else None
+
+    @property
+    def readout_weight(self) -> Tensor | None:
+        return None if self.irm is None else self.blend
+
+    @property
+    def match_weight(self) -> Tensor | None:
+        return self.blend if self.matches else None
+
+    @property
+    def mixes_texts(self) -> bool:
+        return not self.matches
 
     def head_scale(self) -> Tensor:
         return 1 + self.heads
 
     def joint_gate(self) -> Tensor:
         return 1 + self.groups.repeat_interleave(GROUP)[: self.dim]
+
+    def text(self, text: Tensor, tokens: Tensor, scale) -> FactoredText:
+        if not self.mixes_texts:
+            return FactoredText(text)
+        return FactoredText(text, self.blend * tokens, match_texts(text, tokens, scale))
 
 
 def build_mapping(config, width: int, dim: int, heads: int) -> Mapping:

@@ -52,10 +52,6 @@ class SpotlighterTrainerMixin:
             sched = build_lr_scheduler(optim, options)
         self.register_model(self.folder, self.model.plugin, optim, sched)
 
-    def make_adapter(self, host, class_names):
-        """The adapter of the host's model; a host whose adapter needs more than these two overrides it."""
-        return self.adapter(host, class_names)
-
     def before_train(self):
         if {"reg_text", "kl_visual"} & set(self.model.config.losses):
             template = _hand_written_prompt(self.cfg.DATASET.NAME)

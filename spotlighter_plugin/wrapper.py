@@ -88,8 +88,8 @@ class SpotlighterWrapper(nn.Module):
         block = config.check(len(vision.positional_embedding) - 1, len(blocks))
         self.host = host_model
         self.stream = TokenStream(vision, block)
-        width, dim = vision.proj.shape
-        self.plugin = Plugin(config, self.class_names, width, dim, blocks[block].attn.num_heads)
+        width, heads = vision.proj.shape[0], blocks[block].attn.num_heads
+        self.plugin = Plugin(config, self.class_names, width, self.adapter.dim, heads)
         self.plugin.to(vision.proj.device).train(host_model.training)
         self.kept: Tensor | None = None
         """Indices (B, k) in 0…N-1 of the tokens that the latest call kept, best first."""
@@ -189,7 +189,7 @@ class SpotlighterWrapper(nn.Module):
             for part in (slice(None, upper), slice(upper, None)):
                 level, refined = self._sequence(hidden, tokens[part], step)
                 image, output = stream.tail(level)
-                image = self._readout(image, output, refined)
+                image = self._readout(self.adapter.project(image), output, refined)
                 step.levels.append((image, None if step.tokens is None else step.tokens[:, part]))
         learns = (
             sequence.requires_grad
@@ -201,7 +201,7 @@ class SpotlighterWrapper(nn.Module):
         if self._wants("kl_visual") and learns:
             scale, stream.head_scale = stream.head_scale, None
             with torch.no_grad():
-                step.full, _ = stream.tail(hidden)
+                step.full = self.adapter.project(stream.tail(hidden)[0])
             stream.head_scale = scale
 
     def _sample_score(self, hidden: Tensor, step: _Step) -> Tensor:
@@ -211,7 +211,7 @@ class SpotlighterWrapper(nn.Module):
             case "attention":
                 return activation.attention_score(hidden, stream.block, stream.n_tokens, heads)
             case "contribution":
-                target, sign = self._target(hidden, step), config.contribution_sign
+                target, sign = self._pulled_back(hidden, self._target(hidden, step)), config.contribution_sign
                 return activation.contribution_score(
                     hidden, stream.block, stream.vision, target, stream.n_tokens, heads, sign
                 )
@@ -220,7 +220,7 @@ class SpotlighterWrapper(nn.Module):
                 return activation.lens_score(tokens, self._target(hidden, step))
             case "value":
                 target = self._target(hidden, step)
-                return activation.value_score(hidden, stream.block, stream.vision, target, stream.n_tokens)
+                return activation.value_score(hidden, stream.block, self._project, target, stream.n_tokens)
             case "random":
                 return activation.random_score(activation.image_keys(step.images), stream.n_tokens, config.seed)
 
@@ -232,13 +232,17 @@ class SpotlighterWrapper(nn.Module):
         category = self._match_category(hidden)
         prototypes, filled = self._prototypes()[category], self.plugin.bank.filled[category]
         target = self._target(hidden, step)
-        return activation.semantic_score(
-            self._project(tokens).transpose(0, 1), prototypes, filled, target, step.scale
-        )
+        return activation.semantic_score(self._project(tokens).transpose(0, 1), prototypes, filled, target, step.scale)
 
     def _target(self, hidden: Tensor, step: _Step) -> Tensor:
         """t̂ of each image, as CLS sees it on entering block s: (B, d)."""
         return activation.expected_text(self._project(hidden[0]), step.text, step.scale)
+
+    def _pulled_back(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """The direction in the tower's own joint space that leads to t̂ after the host's projection: (B, d)."""
+        with torch.enable_grad():
+            joint = activation.read_out(hidden[0].detach(), self.stream.vision).detach().requires_grad_()
+            return torch.autograd.grad((self.adapter.project(joint).float() * target).sum(), joint)[0].float()
 
     def _match_category(self, hidden: Tensor) -> Tensor:
         return activation.match_category(self._project(hidden[0]), self._prototypes(), self.plugin.bank.filled)
@@ -252,8 +256,7 @@ class SpotlighterWrapper(nn.Module):
             return image
         if self.config.prototypes_in == "sequence":
             refined = output[1 : 1 + len(refined)]  # Û as block L-1 leaves it
-        vision = self.stream.vision
-        joint = vision.ln_post(refined) @ vision.proj.to(refined.dtype)  # (P, B, d)
+        joint = self.adapter.project(activation.read_out(refined, self.stream.vision))  # (P, B, d)
         return image + weight * joint.float().mean(0)
 
     def _logits(self, image: Tensor, tokens: Tensor | None, step: _Step) -> Tensor:
@@ -314,10 +317,11 @@ class SpotlighterWrapper(nn.Module):
         """Whether the kept tokens are needed in the joint space."""
         mapping = self.plugin.mapping
         matches = mapping.match_weight is not None and self.config.prototype_match == "tokens"
-        return mapping.trm is not None or matches or (training and self._wants("local"))
+        return mapping.mixes_texts or matches or (training and self._wants("local"))
 
     def _project(self, hidden: Tensor) -> Tensor:
-        return activation.project(hidden, self.stream.vision)
+        """π to the texts' space, of unit length: (…, w) → (…, d), float32."""
+        return F.normalize(self.adapter.project(activation.read_out(hidden, self.stream.vision)).float(), dim=-1)
 
     def _gated(self, joint: Tensor) -> Tensor:
         """Unit vectors (…, d) as gates see them, again of unit length."""

@@ -50,6 +50,16 @@ class HostAdapter:
         """Embeddings (B, d) of images (B, 3, h, w) through the host's own path, not normalized."""
         return self.vision(images.type(self.model.dtype))
 
+    def project(self, joint: Tensor) -> Tensor:
+        """From the tower's joint space to that of the texts (…, d); not the same where the host adds a projection."""
+        return joint
+
+    @property
+    def dim(self) -> int:
+        """d, width of the texts' space."""
+        vision = self.vision
+        return self.project(vision.proj.detach()[:1]).shape[-1]
+
     def set_frozen_text(self, text: Tensor) -> None:
         """Give t⁰: text embeddings (C, d) of the hand-written prompts through the frozen CLIP, of unit length."""
         self._frozen_text = text.detach().float()

@@ -1,0 +1,99 @@
+"""Options: presets, explicit values, checks."""
+
+import pytest
+from yacs.config import CfgNode
+
+from spotlighter_plugin.config import PRESETS, SpotlighterConfig, extend_cfg, from_cfg
+
+
+def tree(*options):
+    cfg = CfgNode({"TRAINER": {}})
+    extend_cfg(cfg)
+    cfg.merge_from_list(list(options))
+    return cfg
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_sets_every_option_that_nobody_set(preset):
+    config = from_cfg(tree("TRAINER.SPOTLIGHTER.PRESET", preset))
+    assert {name: getattr(config, name) for name in PRESETS[preset]} == PRESETS[preset]
+
+
+def test_every_preset_sets_the_same_options():
+    assert len({frozenset(preset) for preset in PRESETS.values()}) == 1
+
+
+def test_an_explicit_option_wins_over_the_preset_even_where_it_equals_the_default_preset():
+    k = PRESETS["default"]["top_k"] + 1
+    cfg = tree("TRAINER.SPOTLIGHTER.PRESET", "fast", "TRAINER.SPOTLIGHTER.TOP_K", k)
+    cfg.merge_from_list(["TRAINER.SPOTLIGHTER.SELECT_BLOCK", PRESETS["default"]["select_block"]])
+    config = from_cfg(cfg)
+    assert (config.top_k, config.select_block) == (k, PRESETS["default"]["select_block"])
+    assert config.mapping == PRESETS["fast"]["mapping"]
+
+
+def test_the_paper_preset_has_the_papers_numbers():
+    config = SpotlighterConfig(preset="paper")
+    assert (config.alpha, config.beta, config.lambda1, config.lambda2, config.lambda3) == (0.2, 0.8, 0.02, 20, 0.1)
+
+
+def test_a_tree_without_the_node_gives_the_default_preset():
+    assert from_cfg(CfgNode({"TRAINER": {}})) == SpotlighterConfig()
+
+
+def test_options_from_a_command_line_become_what_the_config_wants():
+    config = from_cfg(tree("TRAINER.SPOTLIGHTER.LEVELS", "1", "TRAINER.SPOTLIGHTER.LOSSES", "gra,local"))
+    assert (config.levels, config.losses) == ("1", ("gra", "local"))
+    config = from_cfg(tree("TRAINER.SPOTLIGHTER.LEVELS", "1+2", "TRAINER.SPOTLIGHTER.LOSSES", "[]"))
+    assert (config.levels, config.losses) == ("1+2", ())
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("preset", "best"),
+        ("top_k", 1),
+        ("top_k", 2.5),
+        ("top_k", True),
+        ("prototypes", 0),
+        ("select_block", "last"),
+        ("alpha", 1.1),
+        ("alpha", float("nan")),
+        ("beta", -0.1),
+        ("lambda1", -1),
+        ("lambda2", "20"),
+        ("mapping", "conv"),
+        ("levels", "3"),
+        ("activation", "gradcam"),
+        ("prototypes_in", "everywhere"),
+        ("losses", ("gra", "triplet")),
+        ("semantic_activation", "yes"),
+        ("contribution_sign", "minus"),
+        ("match_sharpness", -1.0),
+    ],
+)
+def test_a_wrong_value_is_one_line_naming_option_and_value(option, value):
+    with pytest.raises(ValueError) as error:
+        SpotlighterConfig(**{option: value})
+    message = str(error.value)
+    shown = "triplet" if option == "losses" else repr(value)
+    assert "\n" not in message and f"TRAINER.SPOTLIGHTER.{option.upper()}" in message and shown in message
+
+
+@pytest.mark.parametrize(("block", "index"), [(-1, 11), (-12, 0), (0, 0), (11, 11)])
+def test_the_block_is_counted_from_either_end(block, index):
+    assert SpotlighterConfig(select_block=block).check(196, 12) == index
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"top_k": 197}, ("TOP_K = 197", "196")),
+        ({"select_block": 12}, ("SELECT_BLOCK = 12", "-12 to 11")),
+        ({"select_block": -13}, ("SELECT_BLOCK = -13", "-12 to 11")),
+    ],
+)
+def test_what_the_tower_has_not_is_one_line_naming_value_and_limit(options, words):
+    with pytest.raises(ValueError) as error:
+        SpotlighterConfig(**options).check(196, 12)
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)

@@ -1,0 +1,109 @@
+"""The Semantic Memory Bank: filling, updating, and travelling between sets of classes."""
+
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spotlighter_plugin.memory_bank import SemanticMemoryBank, affinity, assign
+
+W = 5
+
+
+def project(hidden):
+    return F.normalize(hidden.float(), dim=-1)
+
+
+def updated(bank, hidden, rows, beta=0.8):
+    bank.update(hidden, project(hidden), torch.tensor(rows), beta, project)
+    return bank
+
+
+def tokens(batch, k, seed=0):
+    return torch.randn(batch, k, W, generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_classs_first_image_fills_its_prototypes_with_its_most_activated_tokens():
+    hidden = tokens(2, 6)
+    bank = updated(SemanticMemoryBank(["a", "b", "c"], 3, W), hidden, [1, 1], beta=1.0)
+    assert torch.equal(bank.prototypes[1], hidden[0, :3])
+    assert bank.filled.tolist() == [[False] * 3, [True] * 3, [False] * 3]
+    assert not bank.is_empty
+
+
+def test_prototypes_that_one_image_could_not_fill_are_filled_by_the_next():
+    bank = SemanticMemoryBank(["a"], 3, W)
+    first, second = tokens(1, 2), tokens(1, 2, seed=1)
+    updated(bank, first, [0], beta=1.0)
+    assert bank.filled.tolist() == [[True, True, False]]
+    updated(bank, second, [0], beta=1.0)
+    assert bank.filled.all() and torch.equal(bank.prototypes[0], torch.cat([first[0], second[0, :1]]))
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(-1, 3), min_size=1, max_size=6), st.integers(2, 5), st.integers(1, 4), st.integers(0, 99))
+def test_only_classes_in_the_batch_change_and_prototypes_stay_within_their_tokens(rows, k, n_prototypes, seed):
+    bank = SemanticMemoryBank(list("abcd"), n_prototypes, W)
+    for step in range(3):
+        before = bank.prototypes.clone()
+        updated(bank, tokens(len(rows), k, seed + step), rows)
+        for row in range(4):
+            if row not in rows:
+                assert torch.equal(bank.prototypes[row], before[row]) and not bank.filled[row].any()
+    assert bank.is_empty == (set(rows) == {-1})
+    largest = max(tokens(len(rows), k, seed + step).abs().max() for step in range(3))
+    assert torch.isfinite(bank.prototypes).all() and bank.prototypes.abs().max() <= largest + 1e-5
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.permutations(range(5)), st.integers(0, 99))
+def test_the_order_of_images_does_not_matter_once_prototypes_exist(order, seed):
+    rows = [0, 1, 0, 0, 1]
+    start = updated(SemanticMemoryBank(["a", "b"], 2, W), tokens(2, 4, seed), [0, 1]).state_dict()
+    results = []
+    for permutation in (list(range(5)), list(order)):
+        bank = SemanticMemoryBank(["a", "b"], 2, W)
+        bank.load_state_dict(start)
+        updated(bank, tokens(5, 4, seed + 1)[permutation], [rows[i] for i in permutation])
+        results.append(bank.prototypes)
+    torch.testing.assert_close(*results)
+
+
+def test_a_class_without_prototypes_assigns_nothing():
+    degree, _ = assign(project(tokens(1, 4)), project(tokens(1, 2)), torch.zeros(1, 2, dtype=torch.bool))
+    assert torch.equal(degree, torch.zeros(1, 4))
+
+
+def test_an_update_of_a_bank_keeps_no_graph():
+    hidden = tokens(1, 4).requires_grad_()
+    bank = updated(SemanticMemoryBank(["a"], 2, W), hidden, [0])
+    assert not bank.prototypes.requires_grad
+
+
+def test_a_bank_loaded_into_a_model_with_other_classes_stays_whole_with_its_names():
+    bank = updated(SemanticMemoryBank(["sea shell", "жук", "c"], 2, W), tokens(2, 4), [0, 1])
+    file = io.BytesIO()
+    torch.save(bank.state_dict(), file)
+    file.seek(0)
+    other = SemanticMemoryBank(["x"], 7, W)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert other.class_names == ["sea shell", "жук", "c"] and not other.is_empty
+    assert torch.equal(other.prototypes, bank.prototypes) and torch.equal(other.filled, bank.filled)
+    assert other.columns(["c", "nobody", "sea shell"]) == [2, -1, 0]
+
+
+def test_a_bank_of_another_width_is_one_clear_line():
+    state = SemanticMemoryBank(["a"], 2, W + 1).state_dict()
+    with pytest.raises(ValueError, match=rf"is {W + 1} wide and this vision tower {W}") as error:
+        SemanticMemoryBank(["a"], 2, W).load_state_dict(state)
+    assert "\n" not in str(error.value)
+
+
+def test_classes_without_prototypes_match_nothing_whatever_the_sharpness():
+    filled = torch.tensor([[True, False], [False, False]])
+    for sharpness in (0.0, 5.0):
+        match = affinity(project(tokens(3, 4)), project(tokens(2, 2, seed=1)), filled, sharpness)
+        assert (match[:, 1] == -torch.inf).all() and torch.isfinite(match[:, 0]).all()

@@ -1,0 +1,163 @@
+"""CoOpSpotlighter as a Dassl trainer: trains, saves, resumes, loads across classes and from a plain host."""
+
+import pytest
+import torch
+from dassl.engine import build_trainer
+from hosts_kit import batch_of, losses_over, make_cfg, make_trainer
+from random_clips import CLASS_NAMES
+
+import trainers.coop as coop_module
+from spotlighter_plugin import config
+
+S = "TRAINER.SPOTLIGHTER."
+
+
+@pytest.fixture
+def options(monkeypatch):
+    """Let hosts_kit build CoOpSpotlighter: its options are CoOp's and the plug-in's."""
+    import trainers.coop_spotlighter as module
+
+    def extend_cfg(cfg):
+        coop_module.extend_cfg(cfg)
+        config.extend_cfg(cfg)
+
+    monkeypatch.setattr(module, "extend_cfg", extend_cfg, raising=False)
+    return ["TRAINER.COOP.PREC", "fp32", "TRAINER.COOP.N_CTX", 4, S + "TOP_K", 6, S + "SELECT_BLOCK", -1]
+
+
+def spotlighter(folder, options, *more):
+    return make_trainer(folder, "CoOpSpotlighter", "coop_spotlighter", *options, *more)
+
+
+def state_of(trainer):
+    return {
+        f"{name}.{key}": value.clone()
+        for name in trainer.get_model_names()
+        for key, value in trainer._models[name].state_dict().items()
+    }
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_the_count_of_added_parameters_is_printed(tmp_path, options, capsys):
+    trainer = spotlighter(tmp_path, options, S + "MAPPING", "gated")
+    assert trainer.model.extra_parameter_count() == 4  # 2 heads, 1 group, 1 blend
+    assert "Spotlighter adds 4 trainable parameters (mapping: gated)" in capsys.readouterr().out
+
+
+def test_losses_that_reach_nothing_are_named_once(tmp_path, options, capsys):
+    trainer = spotlighter(tmp_path, options, S + "MAPPING", "none", S + "PROTOTYPE_LOGITS", False)
+    trainer.train()
+    assert (
+        capsys.readouterr().out.count("Left out, because nothing that is trained changes them: kl_visual, local") == 1
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "amp"])
+@pytest.mark.parametrize("preset", ["paper", "default"])
+def test_the_loss_falls_in_every_precision(tmp_path, options, preset, precision):
+    trainer = spotlighter(tmp_path, options, S + "PRESET", preset, "TRAINER.COOP.PREC", precision, "OPTIM.LR", 0.005)
+    trainer.before_train()  # the hand-written prompts: with λ2 = 20 their distance rises from 0 otherwise
+    losses = losses_over(trainer, 5)
+    assert losses[-1] < losses[0]
+
+
+def test_a_run_trains_saves_and_loads_into_other_class_names_with_its_bank_whole(tmp_path, options):
+    trainer = spotlighter(tmp_path, options, "DATASET.SUBSAMPLE_CLASSES", "base")
+    trainer.train()
+    novel = spotlighter(tmp_path, options, "DATASET.SUBSAMPLE_CLASSES", "new")
+    novel.load_model(trainer.output_dir, epoch=2)
+    bank = novel.model.plugin.bank
+    assert bank.class_names == [name.replace(" ", "_") for name in CLASS_NAMES[:3]] and bank.filled.all()
+    assert same(dict(novel.model.plugin.state_dict()), dict(trainer.model.plugin.state_dict()))
+    assert torch.equal(novel.model.host.prompt_learner.ctx, trainer.model.host.prompt_learner.ctx)
+    novel.test()
+
+
+def test_a_host_checkpoint_made_without_the_plug_in_loads_and_evaluates_as_the_host(tmp_path, options, capsys):
+    host = make_trainer(tmp_path, "CoOp", "coop", *options[:4])
+    host.train()
+    trainer = spotlighter(tmp_path, options, S + "TOP_K", 16)
+    trainer.load_model(host.output_dir, epoch=2)
+    assert "trained without it" in capsys.readouterr().out
+    images = batch_of(trainer)["img"]
+    host.set_model_mode("eval")
+    trainer.set_model_mode("eval")
+    with torch.no_grad():
+        torch.testing.assert_close(trainer.model_inference(images), host.model_inference(images), atol=1e-4, rtol=1e-4)
+    assert trainer.get_model_names() == ["prompt_learner", "spotlighter"]
+
+
+@pytest.mark.parametrize("preset", ["paper", "default"])
+def test_a_resumed_run_ends_where_the_uninterrupted_one_does_bank_included(tmp_path, options, preset):
+    options = [*options, S + "PRESET", preset, "TRAIN.CHECKPOINT_FREQ", 1]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    whole = spotlighter(tmp_path / "a", options)
+    whole.train()
+    first = spotlighter(tmp_path / "b", options)
+    stop = first.after_epoch
+
+    def stop_after_one():
+        stop()
+        raise KeyboardInterrupt
+
+    first.after_epoch = stop_after_one
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    second = spotlighter(tmp_path / "b", options)
+    torch.manual_seed(123)  # whatever happened in between
+    second.train()
+    assert second.start_epoch == 1
+    assert same(state_of(second), state_of(whole))
+
+
+def test_the_hand_written_prompts_of_the_frozen_clip_are_the_reference_of_the_text_losses(tmp_path, options):
+    from spotlighter_plugin.backbones import encode_prompts, load_clip
+
+    trainer = spotlighter(tmp_path, options)
+    trainer.train()
+    clip_model = load_clip(trainer.cfg.MODEL.BACKBONE.NAME)
+    expected = encode_prompts(clip_model, [f"a photo of a {name}." for name in CLASS_NAMES])
+    torch.testing.assert_close(trainer.model.adapter.frozen_text(), expected)
+
+
+def test_the_plug_ins_learning_rate_is_a_multiple_of_the_hosts_and_the_hosts_is_untouched(tmp_path, options):
+    trainer = spotlighter(tmp_path, options, S + "LR_MULTIPLIER", 3.0)
+    rates = [trainer._optims[name].param_groups[0]["lr"] for name in trainer.get_model_names()]
+    assert rates[1] == pytest.approx(3 * rates[0])
+    assert {id(p) for p in trainer._optims["prompt_learner"].param_groups[0]["params"]} == {
+        id(trainer.model.host.prompt_learner.ctx)
+    }
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [("TOP_K", 17, "16 tokens"), ("SELECT_BLOCK", 9, "3 blocks"), ("MAPPING", "conv", "gated"), ("BETA", 2, "0 to 1")],
+)
+def test_a_wrong_option_stops_the_trainer_with_one_line(tmp_path, options, option, value, words):
+    cfg = make_cfg(tmp_path, "CoOpSpotlighter", "coop_spotlighter", *options, S + option, value)
+    with pytest.raises(ValueError, match=words) as error:
+        build_trainer(cfg)
+    assert f"{S}{option} = {value!r}" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_checkpoint_of_another_backbones_width_is_one_clear_line(tmp_path, options):
+    from random_clips import save_random_clip
+
+    trainer = spotlighter(tmp_path, options)
+    trainer.train()
+    narrow = save_random_clip(tmp_path / "narrow.safetensors", vision=64)
+    other = make_trainer(tmp_path, "CoOpSpotlighter", "coop_spotlighter", *options, backbone=narrow)
+    with pytest.raises(ValueError, match="MODEL.BACKBONE.NAME") as error:
+        other.load_model(trainer.output_dir, epoch=2)
+    assert "\n" not in str(error.value)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, options):
+    trainer = spotlighter(tmp_path, options)
+    trainer.model.host.prompt_learner.ctx.data.fill_(float("nan"))
+    with pytest.raises(FloatingPointError):
+        trainer.train()
