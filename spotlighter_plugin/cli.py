@@ -9,6 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from . import report, sweep
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -61,6 +63,9 @@ def _tiny_clip():
 
     return f"{sum(p.numel() for p in load_clip('tiny').parameters()):,} parameters"
 
+
+app.command("sweep", cls=sweep.ListOptions)(sweep.command)
+app.command("report")(report.command)
 
 CHECKS = {
     "python >= 3.10": platform.python_version,

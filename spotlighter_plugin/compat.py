@@ -1,7 +1,6 @@
 """What OpenAI's clip, torchvision and Dassl need to run on today's PyTorch, each fix with its reason.
 
-`import spotlighter_plugin` makes everything importable (`apply`). What changes a real Dassl's behaviour waits until
-our train.py is about to train with it (`prepare_dassl`). Each fix is harmless where it is not needed and acts once.
+`import spotlighter_plugin` applies them all. Each is harmless where it is not needed and acts once.
 """
 
 import functools
@@ -20,18 +19,13 @@ _libraries = []  # torch.library.Library objects: a declaration lives as long as
 
 
 def apply():
-    """Make `import clip`, `import torchvision` and `import dassl` work."""
+    """Make clip, torchvision and Dassl importable, and give a real Dassl what ours has."""
     declare_torchvision_operators()
     silence_clip_import()
     provide_dassl()
     if real_dassl():
         accept_verbose_in_lr_schedulers()
         import_dassl_without_unused()
-
-
-def prepare_dassl():
-    """Give the real Dassl what ours has and today's PyTorch needs; nothing to do for ours."""
-    if real_dassl():
         load_checkpoints_safely()
         resume_exactly()
         skip_unreadable_images()

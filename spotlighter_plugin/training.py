@@ -14,7 +14,6 @@ from pathlib import Path
 
 from yacs.config import CfgNode
 
-from . import compat
 from .runtime.dassl.engine.checkpoints import saved_epochs
 from .runtime.dassl.utils import collect_env_info, set_random_seed, setup_logger
 from .settings import flat, import_trainers_and_datasets, parse, setup_cfg
@@ -54,7 +53,6 @@ def main(argv=None):
 def run(argv=None):
     """Do what the flags in `argv` (default: the process's own) say. Raises ValueError, OSError … on a mistake."""
     args = parse(argv)
-    compat.prepare_dassl()
     modules = import_trainers_and_datasets()
     cfg = setup_cfg(args, modules)
     if not args.eval_only:

@@ -1,4 +1,4 @@
-"""compat.py: what must import does, once, and a real Dassl is preferred to ours."""
+"""compat.py: what must import does, each fix acts once, and an installed Dassl works."""
 
 import os
 import pickle
@@ -15,26 +15,12 @@ ROOT = Path(__file__).resolve().parent.parent
 UPSTREAM = Path(os.environ.get("SPOTLIGHTER_UPSTREAM", "/nonexistent"))
 
 
-def python(code, *, path=()):
+def python(code):
     """Run `code` in a fresh interpreter from the repository's root; returns what it printed."""
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *map(str, path)])}
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd="/", capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
-
-
-@pytest.fixture
-def installed_dassl(tmp_path):
-    """A stand-in for the real Dassl: imports what the real one imports, and its warm-up passes `verbose`."""
-    package = tmp_path / "dassl"
-    package.mkdir()
-    (package / "__init__.py").write_text("__version__ = 'real'\n")
-    (package / "engine.py").write_text(
-        "import gdown\nimport pandas as pd\nfrom tabulate import tabulate\n"
-        "from torch.utils.tensorboard import SummaryWriter\n"
-        "from wilds import get_dataset\n"
-    )
-    return tmp_path
 
 
 def test_clip_torchvision_and_dassl_import_after_the_plugin():
@@ -45,8 +31,6 @@ def test_clip_torchvision_and_dassl_import_after_the_plugin():
 def test_importing_twice_changes_nothing():
     init, paths, held = torch.optim.lr_scheduler.LRScheduler.__init__, list(sys.path), list(compat._libraries)
     compat.apply()
-    compat.prepare_dassl()
-    compat.prepare_dassl()
     assert torch.optim.lr_scheduler.LRScheduler.__init__ is init
     assert sys.path == paths and compat._libraries == held
     assert sys.path.count(str(compat.RUNTIME)) == (0 if compat.real_dassl() else 1)
@@ -59,14 +43,22 @@ def test_torchvisions_operators_are_declared_only_where_they_cannot_load():
     assert torchvision.extension._has_ops() != bool(compat._libraries)
 
 
-def test_an_installed_dassl_is_preferred_and_imports_without_what_prompt_tuning_never_calls(installed_dassl):
+def test_an_installed_dassl_imports_without_what_prompt_tuning_never_calls(tmp_path):
+    (tmp_path / "dassl").mkdir()
+    (tmp_path / "dassl" / "__init__.py").write_text("__version__ = 'real'\n")
+    (tmp_path / "dassl" / "engine.py").write_text(
+        "import gdown\nimport pandas as pd\nfrom tabulate import tabulate\n"
+        "from torch.utils.tensorboard import SummaryWriter\nfrom wilds import get_dataset\n"
+    )
     out = python(
-        "import importlib.util, sys, spotlighter_plugin, dassl.engine; from spotlighter_plugin import compat\n"
-        "assert compat.real_dassl() and dassl.__version__ == 'real' and str(compat.RUNTIME) not in sys.path\n"
-        "from torch.utils.tensorboard import SummaryWriter; SummaryWriter('x').add_scalar('a', 1, 2)\n"
+        "import importlib.util, sys; from spotlighter_plugin import compat\n"
+        f"sys.path.insert(0, {str(tmp_path)!r})\n"
+        "for name in [name for name in sys.modules if name.split('.')[0] == 'dassl']: del sys.modules[name]\n"
+        "importlib.invalidate_caches(); assert compat.real_dassl()\n"
+        "compat.import_dassl_without_unused.__wrapped__()\n"
+        "from dassl.engine import SummaryWriter, tabulate; SummaryWriter('x').add_scalar('a', 1, 2)\n"
         "assert 'wilds' not in sys.modules or importlib.util.find_spec('wilds') is not None\n"
-        "print(dassl.engine.tabulate([['a', 1]]))",
-        path=[installed_dassl],
+        "print(tabulate([['a', 1]]))"
     )
     assert "a" in out and "1" in out
 
@@ -109,7 +101,6 @@ def test_a_checkpoint_that_the_real_dassl_wrote_loads(tmp_path):
     from dassl import utils
     from dassl.optim.lr_scheduler import ConstantWarmupScheduler
 
-    compat.prepare_dassl()
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
     successor = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5)
     schedule = ConstantWarmupScheduler(optimizer, successor, 1, 1e-5)
