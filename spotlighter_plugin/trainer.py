@@ -77,7 +77,7 @@ class SpotlighterTrainerMixin:
 
     def model_inference(self, images):
         with torch.autocast(self.device.type, enabled=self._precision() == "amp"):
-            return super().model_inference(images)
+            return self.model(images)
 
     def load_model(self, directory, epoch=None):
         """Load the host's checkpoint the host's way, and the plug-in's beside it if the folder has one."""
