@@ -76,11 +76,11 @@ def batch_of(trainer):
     }
 
 
-def losses_over(trainer, steps):
-    """The host's loss in each of `steps` steps on the same batch."""
+def losses_over(trainer, steps, part="loss"):
+    """A part of the loss in each of `steps` steps on the same batch."""
     trainer.set_model_mode("train")
     trainer.num_batches, batch = steps + 1, batch_of(trainer)
     losses = []
     for trainer.batch_idx in range(steps):
-        losses.append(trainer.forward_backward(batch)["loss"])
+        losses.append(trainer.forward_backward(batch)[part])
     return losses
