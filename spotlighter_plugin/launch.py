@@ -1,0 +1,139 @@
+"""Running chains of runs here, on Slurm or on Ray. A run is skipped where complete and resumed where it was killed."""
+
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from queue import Queue
+
+
+def run_chain(chain, home, environment=None):
+    """Run what is not complete of a chain, in order. Returns the first failure as one line, "" if there is none."""
+    for run in chain:
+        failure = _execute(run, home, environment)
+        if failure:
+            return f"{run.name}: {failure} ({run.folder})"
+    return ""
+
+
+def _execute(run, home, environment):
+    """Run train.py unless the run is complete; returns its failure as one line, "" if there is none."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    errors = run.folder / "stderr.txt"
+    with _alone_in(run.folder) as lock:
+        if run.complete:
+            return ""
+        with open(errors, "w") as file:
+            process = subprocess.run(
+                [sys.executable, "train.py", *run.arguments],
+                cwd=home,
+                env=os.environ | (environment or {}),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=file,
+                pass_fds=lock,
+            )
+        if process.returncode:
+            return _last_line(errors) or f"train.py ended with exit code {process.returncode}"
+        return "" if run.complete else "train.py ended without a result"
+
+
+def _last_line(path):
+    """The last line that train.py wrote there, apart from progress bars."""
+    lines = [line.rsplit("\r", 1)[-1].strip() for line in path.read_text(errors="replace").splitlines()]
+    lines = [line for line in lines if line and "it/s]" not in line and "s/it]" not in line]
+    return lines[-1].removeprefix("error: ") if lines else ""
+
+
+@contextmanager
+def _alone_in(folder):
+    """Hold the folder's lock. train.py inherits it and keeps it, should this process be killed."""
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system: the same runs must not be started twice at once
+        yield ()
+        return
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield (lock.fileno(),)
+
+
+# -- launchers: each takes (chains, home, jobs), yields (a chain's index, its failure) as chains end, None in between --
+
+
+def launch_here(chains, home, jobs):
+    """On this machine, `jobs` at once; each takes one of the GPUs in turn and its share of the cores."""
+    gpus = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+    share = (
+        {}
+        if jobs == 1 or "OMP_NUM_THREADS" in os.environ
+        else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    )
+    slots = Queue()
+    for slot in range(jobs):
+        slots.put(share | ({"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus else {}))
+
+    def work(chain):
+        environment = slots.get()
+        try:
+            return run_chain(chain, home, environment)
+        finally:
+            slots.put(environment)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        tasks = [pool.submit(work, chain) for chain in chains]
+        try:
+            yield from _as_they_end(chains, tasks, lambda task: task.done(), lambda task: task.result())
+        finally:
+            for task in tasks:
+                task.cancel()
+
+
+def launch_slurm(chains, home, jobs):
+    """As a Slurm job array, at most `jobs` at once, through submitit. Its SBATCH_* variables set the rest."""
+    try:
+        import submitit
+    except ImportError:
+        raise ValueError("--launcher slurm needs submitit: pip install submitit") from None
+    folder = Path(os.path.commonpath([chain[0].folder for chain in chains])) / "slurm"
+    executor = submitit.AutoExecutor(folder=folder, cluster=os.environ.get("SPOTLIGHTER_SUBMITIT", "slurm"))
+    executor.update_parameters(
+        name="spotlighter", timeout_min=24 * 60, cpus_per_task=8, gpus_per_node=1, slurm_array_parallelism=jobs
+    )
+    tasks = executor.map_array(run_chain, chains, [home] * len(chains))
+    yield from _as_they_end(chains, tasks, lambda task: task.done(), lambda task: task.result())
+
+
+def launch_ray(chains, home, jobs):
+    """On the cluster that RAY_ADDRESS names or on this machine, at most `jobs` at once, a GPU each where there are."""
+    try:
+        import ray
+    except ImportError:
+        raise ValueError("--launcher ray needs Ray: pip install ray") from None
+    ray.init(ignore_reinit_error=True)
+    have = ray.cluster_resources()
+    share = {"num_gpus": have["GPU"] / jobs if have["GPU"] < jobs else 1} if have.get("GPU") else {}
+    remote = ray.remote(num_cpus=max(1, have.get("CPU", 1) // jobs), **share)(run_chain)
+    tasks = [remote.remote(chain, home) for chain in chains]
+    yield from _as_they_end(chains, tasks, lambda task: bool(ray.wait([task], timeout=0)[0]), ray.get)
+
+
+LAUNCHERS = {"here": launch_here, "slurm": launch_slurm, "ray": launch_ray}
+
+
+def _as_they_end(chains, tasks, ended, result):
+    waiting = dict(enumerate(tasks))
+    while waiting:
+        for index in [index for index, task in waiting.items() if ended(task)]:
+            try:
+                failure = result(waiting.pop(index))
+            except Exception as error:  # the launcher lost the task: the others go on
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+                failure = f"{chains[index][0].name}: {reason} ({chains[index][0].folder})"
+            yield index, failure
+        if waiting:
+            yield None
+            time.sleep(0.5)
