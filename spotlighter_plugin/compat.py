@@ -82,14 +82,14 @@ def silence_clip_import():
 @once
 def provide_dassl():
     """Dassl is on no package registry. Where it is not installed, our own part of its interface takes its name."""
-    if importlib.util.find_spec("dassl") is None:
+    if not real_dassl():
         sys.path.append(str(RUNTIME))
 
 
 def real_dassl():
-    """Whether `import dassl` means the real toolbox."""
+    """Whether `import dassl` means the real toolbox (and not ours, or a mere folder of that name)."""
     spec = importlib.util.find_spec("dassl")
-    return spec is not None and not Path(spec.origin).is_relative_to(RUNTIME)
+    return spec is not None and spec.origin is not None and not Path(spec.origin).is_relative_to(RUNTIME)
 
 
 @once

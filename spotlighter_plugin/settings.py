@@ -52,7 +52,7 @@ def parse(argv=None):
 
 def import_trainers_and_datasets():
     """Import every module of trainers/ and datasets/, which register themselves; returns the trainers' modules."""
-    if str(ROOT) not in sys.path:
+    if sys.path[0] != str(ROOT):  # before any other package called "datasets"
         sys.path.insert(0, str(ROOT))
     modules = []
     for package in ("datasets", "trainers"):

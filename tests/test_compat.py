@@ -28,6 +28,12 @@ def test_clip_torchvision_and_dassl_import_after_the_plugin():
     assert out == "dassl clip"
 
 
+def test_a_mere_folder_called_dassl_does_not_hide_ours(tmp_path):
+    (tmp_path / "dassl").mkdir()
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import spotlighter_plugin, dassl; print(dassl.__file__)"
+    assert python(code).endswith("runtime/dassl/__init__.py")
+
+
 def test_importing_twice_changes_nothing():
     init, paths, held = torch.optim.lr_scheduler.LRScheduler.__init__, list(sys.path), list(compat._libraries)
     compat.apply()
