@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from . import report, sweep
+from . import ablate, report, sweep
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -65,6 +65,7 @@ def _tiny_clip():
 
 
 app.command("sweep", cls=sweep.ListOptions)(sweep.command)
+app.command("ablate", cls=sweep.ListOptions)(ablate.command)
 app.command("report")(report.command)
 
 CHECKS = {

@@ -136,7 +136,14 @@ def _families(accuracies, *kinds):
     return {name: family for name, family in FAMILIES.items() if accuracies.datasets(*kinds) & set(family)}
 
 
-def _base2new_average(accuracies, method, family, paper):
+def datasets_of(accuracies):
+    """The data sets with base-to-new results, the paper's and EmojiScenes' in their order."""
+    ran = accuracies.datasets("base", "new")
+    return [*(name for name in ELEVEN + EMOJI if name in ran), *sorted(ran - {*ELEVEN, *EMOJI})]
+
+
+def base2new_average(accuracies, method, family, paper):
+    """The cells Base, Novel and HM of a method over a family of data sets; paper: the three printed figures or None."""
     parts = [
         _averaged({name: accuracies.get(method, name, kind) for name in family}, family) for kind in ("base", "new")
     ]
@@ -146,15 +153,15 @@ def _base2new_average(accuracies, method, family, paper):
 
 def table_1(accuracies):
     """Base-to-new generalization: a block for each average and each data set that was run."""
-    ran, tables = accuracies.datasets("base", "new"), []
+    tables = []
     for block, family in _families(accuracies, "base", "new").items():
         paper = PAPER["I"]["blocks"].get(block, {})
         rows = [
-            (method, _base2new_average(accuracies, method, family, paper.get(method, [None] * 3)))
+            (method, base2new_average(accuracies, method, family, paper.get(method, [None] * 3)))
             for method in _rows_of(paper, accuracies, ("base", "new"))
         ]
         tables.append(_table("I", block, PAPER["I"]["columns"], rows))
-    for dataset in [*(name for name in ELEVEN + EMOJI if name in ran), *sorted(ran - {*ELEVEN, *EMOJI})]:
+    for dataset in datasets_of(accuracies):
         paper, rows = PAPER["I"]["blocks"].get(dataset, {}), []
         for method in _rows_of(paper, accuracies, ("base", "new")):
             base, new = (accuracies.get(method, dataset, kind) for kind in ("base", "new"))
@@ -172,7 +179,7 @@ def table_2(accuracies):
     tables = []
     for block, family in blocks.items():
         paper, rows = PAPER["II"]["rows"] if block == "Average" else {}, []
-        for method in _rows_of(paper, accuracies, ("few",)):
+        for method in _rows_of(paper, accuracies, ("few", "zero")):
             printed = dict(zip(PAPER["II"]["columns"], paper.get(method, []), strict=False))
             cells = []
             for k in shots:
@@ -190,7 +197,7 @@ def _transfer(number, accuracies, source, targets, paper, title=""):
     if not ran or "cross" not in {key[2] for key in accuracies.cells}:
         return []
     rows = []
-    for method in _rows_of(paper, accuracies, ("cross",)):
+    for method in _rows_of(paper, accuracies, ("cross", "zero")):
         printed, expected = paper.get(method, [None] * (len(targets) + 1)), accuracies.seeds(method, "cross")
         trained = [key[3] for key in accuracies.cells if key[:3] == (method, source, "few")]
         first = accuracies.get(method, source, "few", max(trained, default=None))
@@ -249,7 +256,7 @@ def table_7(accuracies):
             if with_it not in accuracies.methods:
                 continue
             pair = [
-                _base2new_average(accuracies, name, family, paper.get(name, [None] * 3)) for name in (method, with_it)
+                base2new_average(accuracies, name, family, paper.get(name, [None] * 3)) for name in (method, with_it)
             ]
             rows += [(method, pair[0]), (with_it, pair[1]), ("gain", [_gain(a, b) for a, b in zip(*pair, strict=True)])]
         if rows:

@@ -1,0 +1,138 @@
+"""`spotlighter ablate`: one ablation of the paper, its variants swept base-to-new and set side by side.
+
+Variants are trailing options of train.py; where the paper prints figures, a variant has the name of their row.
+"""
+
+import itertools
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .plan import HERE, Plan
+from .report import FORMATS, PAPER, Accuracies, Table, base2new_average, datasets_of
+from .results import find_results
+from .sweep import sweep
+
+KEY = "TRAINER.SPOTLIGHTER."
+ALL_LOSSES = ("gra", "reg_text", "kl_visual", "local")
+
+
+def _each(option, values):
+    """{value: one option} for a hyper-parameter."""
+    return {f"{option.lower()} {value}": (KEY + option, str(value)) for value in values}
+
+
+def _switch(option):
+    return {"without": (KEY + option, "False"), "with": (KEY + option, "True")}
+
+
+def _without(loss):
+    return KEY + "LOSSES", ",".join(each for each in ALL_LOSSES if each != loss)
+
+
+ABLATIONS = {
+    "V": {
+        "L_cls alone": (KEY + "LOSSES", "()"),
+        **{f"without {loss}": _without(loss) for loss in ALL_LOSSES},
+        "all losses": (KEY + "LOSSES", ",".join(ALL_LOSSES)),
+    },
+    "VI": {f"lev{levels}": (KEY + "LEVELS", levels) for levels in ("1", "2", "1+2")},
+    "VIII": _switch("SEMANTIC_ACTIVATION"),
+    "X": {name: ("MODEL.BACKBONE.NAME", name) for name in ("ViT-B/16", "ViT-L/14")},
+    "XI": {
+        name: (KEY + "MAPPING", name) for name in ("linear+linear", "transformer+transformer", "transformer+linear")
+    },
+    "XII": _switch("RECALCULATE"),
+    "figure4": _each("TOP_K", (4, 8, 16, 32, 64)),
+    "figure5a": _each("ALPHA", (0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)),
+    "figure5b": _each("BETA", (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0)),
+    "figure6a": _each("LAMBDA1", (0.0, 0.002, 0.02, 0.2, 2.0)),
+    "figure6b": _each("LAMBDA2", (0.0, 2.0, 20.0, 200.0)),
+    "figure6c": _each("LAMBDA3", (0.0, 0.01, 0.1, 1.0, 10.0)),
+}
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """The plans of an ablation's variants; to `sweep` it is one plan.
+
+    Raises: ValueError with one line for an unknown ablation, and as `Plan`.
+    """
+
+    name: str
+    plan: Plan
+
+    def variants(self):
+        """{variant's name: its Plan}."""
+        if self.name not in ABLATIONS:
+            raise ValueError(f"unknown ablation {self.name!r}: take {', '.join(ABLATIONS)}")
+        plans = {}
+        for variant, options in ABLATIONS[self.name].items():
+            folder = "".join(c if c.isalnum() or c in "+-." else "_" for c in variant)
+            output = Path(self.plan.output, "ablation", self.name, folder)
+            plans[variant] = replace(self.plan, output=output, options=(*self.plan.options, *options))
+        return plans
+
+    def chains(self):
+        return list(itertools.chain.from_iterable(plan.chains() for plan in self.variants().values()))
+
+    @property
+    def protocol(self):
+        return f"ablation {self.name}"
+
+    @property
+    def home(self):
+        return self.plan.home
+
+    def tables(self):
+        """For each host a table of Base, Novel and HM, averaged over the data sets, a row a variant."""
+        rows = {}
+        for variant, plan in self.variants().items():
+            accuracies = Accuracies(find_results([plan.output]))
+            family = datasets_of(accuracies)
+            printed = PAPER.get(self.name, {"rows": {}})["rows"].get(variant, [])
+            paper = [value for value in printed if isinstance(value, float)][:3] or [None] * 3
+            for host in accuracies.methods:
+                cells = base2new_average(accuracies, host, family, paper)
+                rows.setdefault((host, ", ".join(family)), []).append((variant, cells))
+        paper = PAPER.get(self.name, {"page": 0, "title": self.name})
+        return [
+            Table(
+                self.name, paper["page"], f"{paper['title']}. Here: {host} on {where}", ["Base", "Novel", "HM"], found
+            )
+            for (host, where), found in rows.items()
+        ]
+
+
+def command(
+    name: Annotated[str, typer.Argument(help=", ".join(ABLATIONS))],
+    options: Annotated[list[str], typer.Argument(help="after --: KEY VALUE options for every run")] = (),
+    hosts: Annotated[list[str], typer.Option(help="trainers with Spotlighter")] = ("CoOpSpotlighter",),
+    datasets: Annotated[list[str], typer.Option(help="names of configs/datasets")] = ("emoji_scenes",),
+    seeds: Annotated[list[int], typer.Option()] = (1, 2, 3),
+    root: Annotated[Path, typer.Option(help="folder of the data sets")] = Path("data"),
+    output: Annotated[Path, typer.Option(help="folder of the runs")] = Path("output"),
+    jobs: Annotated[int, typer.Option(help="runs at once")] = 1,
+    launcher: Annotated[str, typer.Option(help="here, slurm, ray")] = "here",
+    format: Annotated[str, typer.Option(help=", ".join(FORMATS))] = "text",
+):
+    """Run one ablation of the paper (resumed and skipped as by sweep) and print its table."""
+    if format not in FORMATS:
+        raise ValueError(f"unknown format {format!r}: take {', '.join(FORMATS)}")
+    plan = Plan(
+        "base2new",
+        tuple(hosts),
+        tuple(datasets),
+        tuple(seeds),
+        root=root.absolute(),
+        output=output.absolute(),
+        options=tuple(options),
+        home=HERE,
+    )
+    ablation = Ablation(name, plan)
+    failures = sweep(ablation, jobs, launcher)
+    print(FORMATS[format](ablation.tables()), end="")
+    if failures:
+        raise typer.Exit(1)

@@ -1,0 +1,304 @@
+"""Sweeps: what is planned, and how killed, failing and finished runs are treated; train.py is a stand-in."""
+
+import io
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import fake_home
+import pytest
+from dassl.config import get_cfg_default
+from rich.console import Console
+
+from spotlighter_plugin import cli, launch
+from spotlighter_plugin.ablate import ABLATIONS, Ablation
+from spotlighter_plugin.config import extend_cfg, from_cfg
+from spotlighter_plugin.plan import ELEVEN, EMOJI, HERE, VARIANTS, Plan
+from spotlighter_plugin.report import as_csv, make_tables
+from spotlighter_plugin.results import find_results
+from spotlighter_plugin.runs import progress, read_run
+from spotlighter_plugin.sweep import sweep
+
+
+@pytest.fixture
+def home(tmp_path):
+    return fake_home.make(tmp_path / "home")
+
+
+def plan(home, protocol="base2new", hosts=("CoOp",), datasets=("dtd",), seeds=(1,), options=(), **more):
+    return Plan(protocol, hosts, datasets, seeds, output=str(home / "output"), options=options, home=home, **more)
+
+
+def run(a_plan, **how):
+    console = Console(file=io.StringIO(), width=200)
+    return sweep(a_plan, console=console, **how), console.file.getvalue()
+
+
+def relative(chains, home):
+    return [[str(each.folder.relative_to(home / "output")) for each in chain] for chain in chains]
+
+
+def test_base2new_has_the_folders_of_upstreams_scripts(home):
+    assert relative(plan(home).chains(), home) == [
+        [
+            "base2new/train_base/dtd/shots_16/CoOp/default/seed1",
+            "base2new/test_new/dtd/shots_16/CoOp/default/seed1",
+        ]
+    ]
+
+
+def test_the_other_protocols_have_the_folders_of_upstreams_scripts(home):
+    chains = plan(home, "crossdomain", datasets=("imagenet_a", "dtd"), config="vit_b16").chains()
+    assert relative(chains, home) == [
+        [
+            "imagenet/CoOp/vit_b16_16shots/seed1",
+            "evaluation/CoOp/vit_b16_16shots/imagenet_a/seed1",
+            "evaluation/CoOp/vit_b16_16shots/dtd/seed1",
+        ]
+    ]
+    few = relative(plan(home, "fewshot", shots=(1, 16)).chains(), home)
+    assert few == [["dtd/CoOp/default_1shots/seed1"], ["dtd/CoOp/default_16shots/seed1"]]
+
+
+def test_the_new_classes_are_tested_with_the_last_epoch_of_the_base_model(home):
+    train, test = plan(home).chains()[0]
+    (train.folder / "prompt_learner").mkdir(parents=True)
+    for epoch in (5, 50, 10):
+        (train.folder / f"prompt_learner/model.pth.tar-{epoch}").touch()
+    text = " ".join(test.arguments)
+    assert f"--eval-only --model-dir {train.folder} --load-epoch 50" in text
+    assert "DATASET.SUBSAMPLE_CLASSES new" in text and "DATASET.SUBSAMPLE_CLASSES base" in " ".join(train.arguments)
+    (train.folder / "prompt_learner/model-best.pth.tar").touch()
+    assert "--load-epoch" not in test.arguments
+
+
+def test_zero_shot_clip_is_only_evaluated(home):
+    for chain in plan(home, hosts=("zeroshotclip",)).chains():
+        assert all("--eval-only" in each.arguments and "--model-dir" not in each.arguments for each in chain)
+
+
+def test_promptkd_trains_once_for_both_halves_and_anew_for_each_target(home):
+    (chain,) = plan(home, hosts=("PromptKD",)).chains()
+    assert len(chain) == 1 and "TRAINER.MODAL base2novel" in " ".join(chain[0].arguments)
+    assert "shots_0" in str(chain[0].folder)
+    chains = plan(home, "crossdataset", hosts=("PromptKD",), datasets=("dtd", "caltech101")).chains()
+    assert [chain[0].arguments[-6:-2] for chain in chains] == [("DATASET.NUM_SHOTS", "0", "TRAINER.MODAL", "cross")] * 2
+
+
+def test_every_data_set_that_a_protocol_names_has_a_config():
+    for protocol, count in (("base2new", 11), ("crossdomain", 1), ("crossdataset", 1)):
+        assert len(Plan(protocol, ("CoOp",), seeds=(1,)).chains()) == count
+    assert len(Plan("base2new", ("CoOp",), ("emoji",), seeds=(1,)).chains()) == len(EMOJI)
+    assert len(Plan("crossdomain", ("CoOp",), seeds=(1,)).chains()[0]) == 1 + len(VARIANTS)
+    assert len(Plan("crossdataset", ("CoOp",), seeds=(1,)).chains()[0]) == len(ELEVEN)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"protocol": "base2old"}, "unknown protocol 'base2old': take base2new"),
+        ({"hosts": ("CoCoOp",)}, "unknown host 'CoCoOp': configs/trainers has CoOp, "),
+        ({"datasets": ("mnist",)}, "unknown data set 'mnist': take eleven, "),
+        ({"config": "rn50"}, "--config rn50: there is no "),
+        ({"options": ("OPTIM.LR",)}, "'OPTIM.LR' stands alone"),
+        ({"shots": (1, 2)}, "base2new takes one --shots, got 1, 2"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_one_line(home, change, says):
+    with pytest.raises(ValueError) as caught:
+        plan(home, **change).chains()
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_unknown_launcher_and_no_jobs_are_one_line(home):
+    with pytest.raises(ValueError, match="unknown launcher 'pbs': take here, slurm, ray"):
+        run(plan(home), launcher="pbs")
+    with pytest.raises(ValueError, match="--jobs is 0, must be at least 1"):
+        run(plan(home), jobs=0)
+
+
+@pytest.mark.parametrize("launcher", ["slurm", "ray"])
+def test_a_launcher_whose_library_is_missing_is_one_line(home, launcher, monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ValueError, match=f"--launcher {launcher} needs .*: pip install"):
+        run(plan(home), launcher=launcher)
+
+
+def test_complete_runs_are_skipped(home):
+    failures, said = run(plan(home))
+    assert failures == [] and "2 runs, 0 of them complete" in said and "2 of 2 runs are complete" in said
+    before = {path: path.stat().st_mtime_ns for path in (home / "output").rglob("log.txt*")}
+    failures, said = run(plan(home))
+    assert failures == [] and "2 runs, 2 of them complete" in said
+    assert {path: path.stat().st_mtime_ns for path in (home / "output").rglob("log.txt*")} == before
+
+
+def test_a_half_done_run_continues_from_its_checkpoint(home):
+    run(plan(home))
+    train = plan(home).chains()[0][0].folder
+    whole = read_run(train).accuracy
+    (train / "log.txt").write_text("".join((train / "log.txt").read_text().partition("epoch [2/3]")[:2]))
+    (train / "prompt_learner/model.pth.tar-3").unlink()
+    assert not read_run(train).complete and progress(train) == pytest.approx(1 / 3 + 1 / 3)
+    assert run(plan(home))[0] == []
+    continued = (train / "log.txt-2026-01-01-00-00-01").read_text()
+    assert "epoch [3/3]" in continued and "epoch [2/3]" not in continued
+    assert read_run(train).accuracy == whole
+
+
+def test_a_failing_run_is_survived_and_reported_at_the_end(home):
+    failures, said = run(plan(home, hosts=("CoOp", "CoOpSpotlighter"), options=("TRAINER.FAIL", "CoOp")))
+    assert len(failures) == 1 and "2 of 4 runs are complete, 1 failed" in said
+    assert failures[0].startswith("CoOp dtd base seed 1: no such thing as luck (")
+    assert failures[0] in said.replace("\n", "").rpartition("1 failed")[2]
+
+
+def test_a_complete_run_of_other_options_is_not_passed_off_as_this_one(home):
+    run(plan(home, options=("OPTIM.LR", "0.1")))
+    failures, _ = run(plan(home, options=("OPTIM.LR", "0.10")))
+    assert failures == []
+    failures, _ = run(plan(home, options=("OPTIM.LR", "0.2")))
+    assert len(failures) == 2 and "holds a complete run with OPTIM.LR 0.1, not 0.2" in failures[0]
+
+
+def test_jobs_run_at_once(home):
+    meeting = plan(home, "fewshot", shots=(1, 2, 4), options=("TRAINER.MEET", "3"))  # each waits for the others
+    assert run(meeting, jobs=3)[0] == []
+
+
+def test_a_run_that_another_sweep_has_begun_is_waited_for(home):
+    chain = plan(home).chains()[0]
+    chain[0].folder.mkdir(parents=True)
+    holder = (
+        "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True);"
+        "time.sleep(1)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", holder, chain[0].folder / ".lock"], stdout=subprocess.PIPE)
+    other.stdout.readline()
+    assert launch.run_chain(chain, home) == ""
+    assert other.poll() is not None
+
+
+def test_a_sweep_killed_at_a_random_moment_and_started_again_ends_with_the_same_report(home, tmp_path):
+    def report(at):
+        return as_csv(make_tables(find_results([at])))
+
+    def command(protocol):
+        words = f"sweep {protocol} --hosts CoOp CoOpSpotlighter --datasets dtd --seeds 1 2 3 --shots 16 --jobs 3"
+        code = "import sys; from spotlighter_plugin.cli import main; main(sys.argv[1:])"
+        return [sys.executable, "-c", code, *words.split(), "--", "TRAINER.SLEEP", "0.25"]
+
+    def start(protocol):
+        return subprocess.Popen(
+            command(protocol),
+            cwd=home,
+            env=os.environ | {"PYTHONPATH": str(HERE)},
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+
+    for protocol in ("base2new", "fewshot"):
+        assert run(plan(home, protocol, ("CoOp", "CoOpSpotlighter"), seeds=(1, 2, 3), shots=(16,)), jobs=3)[0] == []
+    expected = report(home / "output")
+    shutil.rmtree(home / "output")
+    marks = {"base2new": "train_base/*/*/*/*/seed?/log.txt", "fewshot": "default_16shots/seed?/log.txt"}
+    for protocol in marks:
+        first = start(protocol)
+        while not any((home / "output").rglob(marks[protocol])) and first.poll() is None:
+            time.sleep(0.02)
+        time.sleep(random.uniform(0, 1))
+        assert first.poll() is None, first.stdout.read().decode()
+        os.kill(first.pid, signal.SIGKILL)  # its train.py goes on as an orphan, or is killed too
+        if protocol == "fewshot":
+            os.killpg(first.pid, signal.SIGKILL)
+        first.wait()
+        again = start(protocol)
+        assert again.wait(timeout=300) == 0, again.stdout.read().decode()
+    assert report(home / "output") == expected
+
+
+def test_an_ablation_sweeps_its_variants_and_sets_them_beside_the_papers(home):
+    ablation = Ablation("VIII", plan(home, hosts=("CoOpSpotlighter",)))
+    failures, said = run(ablation, jobs=2)
+    assert failures == [] and "4 of 4 runs are complete" in said
+    (table,) = ablation.tables()
+    assert [variant for variant, _ in table.rows] == ["without", "with"]
+    assert [cell.paper for cell in table.rows[0][1]] == [77.52, 71.43, 74.35]
+    assert all(cell.mean is not None and not cell.missing for _, cells in table.rows for cell in cells)
+    assert run(ablation)[1].startswith("ablation VIII: 4 runs, 4 of them complete")
+
+
+def test_an_unknown_ablation_is_one_line(home):
+    with pytest.raises(ValueError, match="unknown ablation 'IX': take V, VI"):
+        Ablation("IX", plan(home)).chains()
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_every_variant_of_an_ablation_is_a_valid_option(name):
+    for options in ABLATIONS[name].values():
+        cfg = get_cfg_default()
+        extend_cfg(cfg)
+        cfg.merge_from_list([*options])
+        from_cfg(cfg)
+
+
+def test_the_command_line_takes_lists_after_an_option(home, monkeypatch, capsys):
+    monkeypatch.chdir(home)
+    arguments = "sweep fewshot --hosts CoOp coopspotlighter --datasets dtd caltech101 --seeds 1 2 --shots 4 --plan"
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*arguments.split(), "--", "OPTIM.LR", "0.1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert ended.value.code == 0 and len(lines) == 2 * 2 * 2
+    assert all(line.endswith("OPTIM.LR 0.1") for line in lines) and f"--output-dir {home}/output/dtd" in lines[0]
+
+
+@pytest.mark.parametrize("arguments", ["sweep base2old", "sweep base2new --hosts None", "sweep base2new --datasets x"])
+def test_the_command_prints_one_line_for_a_mistake(home, arguments, monkeypatch, capsys):
+    monkeypatch.chdir(home)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments.split())
+    said = capsys.readouterr().err
+    assert ended.value.code == 1 and said.startswith("error: unknown ") and said.count("\n") == 1
+
+
+def test_a_failed_sweep_exits_with_1(home, monkeypatch, capsys):
+    monkeypatch.chdir(home)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(
+            [
+                "sweep",
+                "fewshot",
+                "--hosts",
+                "CoOp",
+                "--datasets",
+                "dtd",
+                "--seeds",
+                "1",
+                "--shots",
+                "1",
+                "--",
+                "TRAINER.FAIL",
+                "CoOp",
+            ]
+        )
+    assert ended.value.code == 1 and "no such thing as luck" in capsys.readouterr().out
+
+
+def test_slurm_gets_the_same_plan(home, monkeypatch):
+    pytest.importorskip("submitit")
+    monkeypatch.setenv("SPOTLIGHTER_SUBMITIT", "local")
+    failures, said = run(plan(home, seeds=(1, 2)), jobs=2, launcher="slurm")
+    assert failures == [] and "4 of 4 runs are complete" in said
+
+
+def test_ray_gets_the_same_plan(home):
+    ray = pytest.importorskip("ray")
+    failures, said = run(plan(home, seeds=(1, 2)), jobs=2, launcher="ray")
+    ray.shutdown()
+    assert failures == [] and "4 of 4 runs are complete" in said
