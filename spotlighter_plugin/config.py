@@ -50,7 +50,7 @@ PRESETS = {
     "fast": {
         "top_k": 32,
         "prototypes": 4,
-        "select_block": -8,
+        "select_block": 4,
         "alpha": 0.2,
         "beta": 0.8,
         "lambda1": 0.02,
