@@ -1,7 +1,7 @@
 """EmojiScenes' renderer: one emoji on a cluttered background, a pure function of (seed, class, vendor, number).
 
-Used twice: ``datasets/emoji_scenes.py`` writes the few-shot and test scenes with it, and ``tools/pretrain_tiny_clip.py`` draws
-its training scenes and captions with it, so the benchmark and the pre-training differ by vendor alone.
+Used twice: ``datasets/emoji_scenes.py`` writes the few-shot and test scenes with it, and ``tools/pretrain_tiny_clip.py``
+draws its training scenes and captions with it, so the benchmark and the pre-training differ by vendor alone.
 """
 
 import json
@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 SIZE = 96  # px, side of a scene
-SMALLEST, LARGEST = 36, 64  # px, longer side of a sprite
+SMALLEST, LARGEST, STEP = 40, 64, 8  # px, longer side of a sprite and the grid of its corner
 VENDORS = (
     "noto", "noto-v1", "twemoji", "openmoji", "fluent-emoji", "fluent-emoji-flat", "fxemoji", "emojione", "emojione-v1",
 )  # fmt: skip
@@ -26,7 +26,9 @@ COLOURS = {
     "brown": (130, 90, 60), "white": (240, 240, 240), "gray": (135, 135, 135), "black": (35, 35, 40),
 }  # fmt: skip
 BACKGROUNDS = ("gradient", "striped", "cloudy", "spotted", "checkered")
-TINTS = {"reddish": (1.15, 0.9, 0.9), "greenish": (0.9, 1.12, 0.9), "bluish": (0.9, 0.92, 1.15), "warm": (1.1, 1.02, 0.85)}
+TINTS = {
+    "reddish": (1.15, 0.9, 0.9), "greenish": (0.9, 1.12, 0.9), "bluish": (0.9, 0.92, 1.15), "warm": (1.1, 1.02, 0.85),
+}  # fmt: skip
 PLACES = (
     ("in the top left corner", "at the top", "in the top right corner"),
     ("on the left", "in the middle", "on the right"),
@@ -117,12 +119,11 @@ def apply_domain(image: np.ndarray, domain: str, rng) -> np.ndarray:
 
 
 def render_scene(
-    seed: int, label: int, vendor: str, number: int, domain: str = "normal", folder: Path = SPRITES, ease: float = 0.0
+    seed: int, label: int, vendor: str, number: int, domain: str = "normal", folder: Path = SPRITES
 ) -> Scene:
     """Scene ``number`` of class ``label`` as ``vendor`` draws it: the same arguments give the same picture.
 
-    ``ease`` in [0, 1] moves it towards an upright sprite of 48 px in the middle of a plain canvas, where pre-training
-    starts; the benchmark's scenes have 0. Only uniform draws are taken from the generator, whose stream NumPy keeps stable across versions.
+    Only uniform draws are taken from the generator, whose stream NumPy keeps stable across versions.
     """
     rng = np.random.default_rng([seed, label, VENDORS.index(vendor), number])
     pick = lambda options: options[int(rng.random() * len(options))]  # noqa: E731
@@ -132,11 +133,11 @@ def render_scene(
     kind = pick(BACKGROUNDS)
     jitter = (rng.random((2, 3)) - 0.5) * 40
     colours = np.array([COLOURS[first], COLOURS[second]]) + jitter
-    canvas = _background(kind, colours[0], colours[0] + (1 - ease) * (colours[1] - colours[0]), rng)
+    canvas = _background(kind, *colours, rng)
     picture = Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8))
 
     draw = ImageDraw.Draw(picture)
-    for _ in range(int(rng.random() * 5 * (1 - ease))):  # small distractors under the sprite
+    for _ in range(int(rng.random() * 5)):  # small distractors under the sprite
         x, y, r = rng.random() * SIZE, rng.random() * SIZE, 3 + rng.random() * 6
         colour = tuple(int(256 * c) for c in rng.random(3))
         if rng.random() < 0.5:
@@ -144,12 +145,10 @@ def render_scene(
         else:
             draw.regular_polygon((x, y, r), 3 + int(rng.random() * 3), int(rng.random() * 360), fill=colour)
 
-    extent = SMALLEST + rng.random() * (LARGEST - SMALLEST)
-    extent += ease * (SIZE / 2 - extent)
-    side = round(extent)
+    side = SMALLEST + STEP * int(rng.random() * ((LARGEST - SMALLEST) / STEP + 1))
     sprite = sprite_sheet(vendor, folder)[label].resize((side, side), Image.BICUBIC)
-    sprite = sprite.rotate((1 - ease) * (rng.random() - 0.5) * 40, Image.BICUBIC, expand=True)
-    left, top = (int((rng.random() * (1 - ease) + ease / 2) * (SIZE - n + 1)) for n in sprite.size)
+    sprite = sprite.rotate((rng.random() - 0.5) * 24, Image.BICUBIC)
+    left, top = (STEP * int(rng.random() * ((SIZE - side) / STEP + 1)) for _ in "xy")
     picture.paste(sprite, (left, top), sprite)
 
     image = np.asarray(picture)
@@ -162,7 +161,7 @@ def render_scene(
     return Scene(
         image=image,
         box=(left, top, left + sprite.width, top + sprite.height),
-        size="small" if extent < 45 else "large" if extent > 55 else "medium",
+        size="small" if side < 45 else "large" if side > 55 else "medium",
         place=PLACES[third(top + sprite.height / 2)][third(left + sprite.width / 2)],
         tint=tint,
         background=f"{first} and {second} {kind}" if first != second else f"{first} {kind}",

@@ -1,8 +1,8 @@
 """EmojiScenes, the bundled benchmark: a family of five data sets of real drawings that pre-training never saw.
 
 Scenes are pure functions of (split, class, vendor, number), drawn by ``emoji_render`` and written once as PNG under
-``<root>/emoji_scenes/<domain>/<split>/<class>/``; only those that a run asks for are written. The first 164 classes are base,
-the other 163 new.
+``<root>/emoji_scenes/<domain>/<split>/<class>/``; only those that a run asks for are written. The first 164 classes are
+base, the other 163 new.
 """
 
 import os
@@ -23,9 +23,9 @@ TRAIN_POOL, VAL_SCENES, TEST_SCENES = 32, 8, 20  # scenes of each class
 class EmojiScenes(DatasetBase):
     """Clean scenes; 327 classes, vendors twemoji and noto-v1 in every split.
 
-    ``DATASET.NUM_SHOTS`` scenes a class are drawn from a pool of 32 by ``SEED``; more than 32 is a ValueError, below 1 takes
-    the pool. ``DATASET.SUBSAMPLE_CLASSES`` is all, base or new, as for every data set, or inner-base or inner-new: the
-    halves of the base classes, tested on their validation scenes, for choosing hyper-parameters.
+    ``DATASET.NUM_SHOTS`` scenes a class are drawn from a pool of 32 by ``SEED``; more than 32 is a ValueError, below 1
+    takes the pool. ``DATASET.SUBSAMPLE_CLASSES`` is all, base or new, as for every data set, or inner-base or
+    inner-new: the halves of the base classes, tested on their validation scenes, for choosing hyper-parameters.
     """
 
     domain = "normal"
@@ -42,7 +42,11 @@ class EmojiScenes(DatasetBase):
         chosen = {"val": range(VAL_SCENES), "test": range(VAL_SCENES if inner else TEST_SCENES)}
         items = []
         for new, label in enumerate(labels):
-            draw = random.Random(f"{cfg.SEED} {label}").sample(range(TRAIN_POOL), shots) if shots >= 1 else range(TRAIN_POOL)
+            draw = (
+                random.Random(f"{cfg.SEED} {label}").sample(range(TRAIN_POOL), shots)
+                if shots >= 1
+                else range(TRAIN_POOL)
+            )
             for split, numbers in {"train": draw, **chosen}.items():
                 source = "val" if inner and split == "test" else split
                 items += [(split, source, label, new, number) for number in numbers]

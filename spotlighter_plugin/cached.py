@@ -1,0 +1,113 @@
+"""Frozen blocks run once: hidden states on entering block s are kept per image, and trainers start from there.
+
+Where a host trains nothing before block s and images are not augmented (EmojiScenes' setting), every epoch computes the
+same hidden states. ``CachedTower`` makes any such trainer, with or without Spotlighter, read them instead of pictures;
+its numbers are the plain trainer's up to the half precision in which states are kept.
+"""
+
+import torch
+from dassl.data.transforms import build_transform
+from dassl.utils import read_image
+from rich.progress import track
+from torch import Tensor, nn
+
+from .backbones import load_clip
+
+
+class HiddenStates:
+    """Hidden states (1+N, w) of images where they enter ``block``; for ``block`` = L only what is read out, (1, w).
+
+    Args:
+        cfg: names the backbone and the images' transforms, which may not be random.
+        block: s in [0, L].
+        batch_size: images in one pass of the tower.
+    """
+
+    def __init__(self, cfg, block: int, batch_size: int = 128):
+        if set(cfg.INPUT.TRANSFORMS) - {"normalize", "center_crop"}:
+            raise ValueError(
+                f"INPUT.TRANSFORMS {list(cfg.INPUT.TRANSFORMS)}: states of augmented images cannot be kept; "
+                "set INPUT.TRANSFORMS \"('normalize',)\""
+            )
+        self.block, self.batch_size = block, batch_size
+        self.transform = build_transform(cfg, is_train=False)
+        self.vision = load_clip(cfg.MODEL.BACKBONE.NAME).visual.eval()
+        self.rows, self.states = {}, []
+
+    @torch.no_grad()
+    def of(self, paths: list[str]) -> Tensor:
+        """(n, 1+N, w) half precision; each image is read and computed once."""
+        new = [path for path in dict.fromkeys(paths) if path not in self.rows]
+        starts = range(0, len(new), self.batch_size)
+        for start in track(starts, "frozen blocks", disable=not new, transient=True):
+            part = new[start : start + self.batch_size]
+            images = torch.stack([self.transform(read_image(path)) for path in part])  # (b, 3, h, w)
+            self.rows |= {path: (len(self.states), i) for i, path in enumerate(part)}
+            self.states.append(self._enter(images).half())
+        return torch.stack([self.states[chunk][i] for chunk, i in (self.rows[path] for path in paths)])
+
+    def _enter(self, images: Tensor) -> Tensor:
+        """(b, 3, h, w) → (b, 1+N, w)."""
+        vision, caught = self.vision, {}
+        blocks = vision.transformer.resblocks
+        if self.block == len(blocks):
+            hook = vision.transformer.register_forward_hook(lambda module, args, out: caught.update(x=out[:1]))
+        else:
+            hook = blocks[self.block].register_forward_pre_hook(lambda module, args: caught.update(x=args[0]))
+        vision(images)
+        hook.remove()
+        return caught["x"].permute(1, 0, 2)
+
+
+class CachedLoader:
+    """Batches {img, label, impath} of cached states; in training shuffled by the global generator, whole batches only."""
+
+    def __init__(self, states: HiddenStates, items, batch_size: int, is_train: bool):
+        self.images = states.of([item.impath for item in items])  # (n, 1+N, w)
+        self.labels = torch.tensor([item.label for item in items])
+        self.paths = [item.impath for item in items]
+        self.batch_size, self.is_train = min(batch_size, len(items)) if is_train else batch_size, is_train
+
+    def __len__(self):
+        n, size = len(self.labels), self.batch_size
+        return n // size if self.is_train else -(-n // size)
+
+    def __iter__(self):
+        n = len(self.labels)
+        order = torch.randperm(n) if self.is_train else torch.arange(n)
+        for index in order.split(self.batch_size)[: len(self)]:
+            paths = [self.paths[i] for i in index.tolist()]
+            yield {"img": self.images[index].float(), "label": self.labels[index], "impath": paths}
+
+
+class CachedTower:
+    """Put in front of a trainer: ``type("Fast", (CachedTower, CoOp), {"states": HiddenStates(cfg, 5)})``."""
+
+    states: HiddenStates
+
+    def build_data_loader(self):
+        super().build_data_loader()
+        dm, loaders = self.dm, self.cfg.DATALOADER
+        self.train_loader_x = CachedLoader(self.states, dm.dataset.train_x, loaders.TRAIN_X.BATCH_SIZE, True)
+        self.val_loader = CachedLoader(self.states, dm.dataset.val, loaders.TEST.BATCH_SIZE, False)
+        self.test_loader = CachedLoader(self.states, dm.dataset.test, loaders.TEST.BATCH_SIZE, False)
+
+    def build_model(self):
+        super().build_model()
+        host = getattr(self.model, "host", self.model)
+        keep_tail(getattr(host, "image_encoder", None) or host.visual, self.states.block)
+
+
+def keep_tail(vision: nn.Module, block: int) -> None:
+    """Let a frozen vision tower start at ``block``: its input is now hidden states (B, 1+N, w)."""
+    blocks = vision.transformer.resblocks
+    if any(p.requires_grad for p in [*blocks[:block].parameters(), *vision.conv1.parameters()]):
+        raise ValueError(f"blocks before {block} are trained: their hidden states cannot be kept")
+    for i in range(block):
+        blocks[i] = nn.Identity()
+
+    def forward(hidden: Tensor) -> Tensor:
+        output = vision.transformer(hidden.permute(1, 0, 2))  # (1+N, B, w)
+        return vision.ln_post(output[0]) @ vision.proj
+
+    vision.forward = forward

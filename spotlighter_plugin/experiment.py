@@ -1,0 +1,138 @@
+"""Base-to-new experiments on cached hidden states: what the demo and the evidence table are made of."""
+
+import contextlib
+import io
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .settings import import_trainers_and_datasets, parse, setup_cfg
+from .training import set_random_seed
+
+
+@dataclass
+class Method:
+    """A row of a table: a registered trainer and options as on the command line."""
+
+    name: str
+    trainer: str
+    options: dict = field(default_factory=dict)
+
+    def flags(self) -> list[str]:
+        return [str(part) for pair in self.options.items() for part in pair]
+
+
+@dataclass
+class Outcome:
+    """What one run of a method on one data set gave.
+
+    correct: {"base": (n,) bool, "new": (m,) bool}, image by image in the data set's order.
+    """
+
+    correct: dict[str, np.ndarray]
+    parameters: int
+    seconds: float
+
+    def accuracy(self, part: str) -> float:
+        """Accuracy in percent."""
+        return 100 * float(self.correct[part].mean())
+
+    @property
+    def harmonic_mean(self) -> float:
+        return harmonic_mean(self.accuracy("base"), self.accuracy("new"))
+
+
+def harmonic_mean(base: float, new: float) -> float:
+    """HM = 2 base new / (base + new); 0 where both are."""
+    return 2 * base * new / max(base + new, 1e-12)
+
+
+class Laboratory:
+    """Runs methods on one data set; keeps the hidden states that their frozen blocks give.
+
+    Args:
+        dataset: path of the data set's configuration file.
+        root: folder of the data sets.
+        block: block at which runs start, at most the methods' SELECT_BLOCK.
+        classes: the parts that are trained on and tested; ("inner-base", "inner-new") to choose options.
+    """
+
+    def __init__(self, dataset: str, root: str = "data", block: int = -1, classes=("base", "new")):
+        self.dataset, self.root, self.block, self.classes = dataset, root, block, classes
+        self.states = {}
+        self.modules = import_trainers_and_datasets()
+
+    def run(self, method: Method, seed: int, log: Path | None = None) -> Outcome:
+        """Train on the first part of the classes, test on both. Output goes to ``log``."""
+        started = time.time()
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()) as text:
+            try:
+                trained = self.trainer(method, seed, self.classes[0], folder)
+                if trained.get_model_names():
+                    trained.train()
+                correct = {"base": self._test(trained)}
+                other = self.trainer(method, seed, self.classes[1], folder)
+                if other.get_model_names():
+                    other.load_model(folder, epoch=trained.max_epoch)
+                correct["new"] = self._test(other)
+            finally:
+                if log:
+                    log.parent.mkdir(parents=True, exist_ok=True)
+                    log.write_text(text.getvalue())
+        models = trained._models.values()
+        parameters = sum(p.numel() for model in models for p in model.parameters() if p.requires_grad)
+        return Outcome(correct, parameters, time.time() - started)
+
+    def trainer(self, method: Method, seed: int, classes: str, folder: str):
+        """The method's trainer on cached states, ready to train or to load."""
+        from dassl.engine import TRAINER_REGISTRY
+
+        from .cached import CachedTower, HiddenStates
+
+        flags = ["--trainer", method.trainer, "--dataset-config-file", self.dataset, "--root", self.root]
+        options = {"DATASET.SUBSAMPLE_CLASSES": classes, "TEST.NO_TEST": True, "DATALOADER.TEST.BATCH_SIZE": 256}
+        opts = [str(part) for pair in options.items() for part in pair]
+        args = parse([*flags, "--seed", str(seed), "--output-dir", folder, *opts, *method.flags()])
+        cfg = setup_cfg(args, self.modules)
+        if cfg.DATASET.NAME not in self.states:
+            self.states[cfg.DATASET.NAME] = HiddenStates(cfg, self.block)
+        set_random_seed(seed)
+        kind = TRAINER_REGISTRY.get(method.trainer)
+        return type(kind.__name__, (CachedTower, kind), {"states": self.states[cfg.DATASET.NAME]})(cfg)
+
+    @torch.no_grad()
+    def _test(self, trainer) -> np.ndarray:
+        trainer.set_model_mode("eval")
+        right = []
+        for batch in trainer.test_loader:
+            images, labels = trainer.parse_batch_test(batch)
+            right.append(trainer.model_inference(images).argmax(1) == labels)
+        return torch.cat(right).cpu().numpy()
+
+
+def paired_interval(
+    first: list[Outcome], second: list[Outcome], draws: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Mean difference of harmonic means, first minus second, and its 95 % interval from a bootstrap over images.
+
+    Outcomes are paired: the i-th of both are of the same data set and seed, with the same test images in one order.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = np.zeros(draws)
+    for a, b in zip(first, second, strict=True):
+        rates = {}
+        for part in ("base", "new"):
+            n = len(a.correct[part])
+            # (right/wrong of a, right/wrong of b) falls into four cells; drawing images is drawing cell counts
+            cells = np.bincount(2 * a.correct[part].astype(int) + b.correct[part].astype(int), minlength=4)
+            counts = rng.multinomial(n, cells / n, size=draws)
+            rates[part] = 100 * (counts[:, 2] + counts[:, 3]) / n, 100 * (counts[:, 1] + counts[:, 3]) / n
+        (base_a, base_b), (new_a, new_b) = rates["base"], rates["new"]
+        drawn += (2 * base_a * new_a / (base_a + new_a) - 2 * base_b * new_b / (base_b + new_b)) / len(first)
+    mean = float(np.mean([a.harmonic_mean - b.harmonic_mean for a, b in zip(first, second, strict=True)]))
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return mean, float(low), float(high)
