@@ -93,13 +93,16 @@ def launch_here(chains, home, jobs):
 
 
 def launch_slurm(chains, home, jobs):
-    """As a Slurm job array, at most `jobs` at once, through submitit. Its SBATCH_* variables set the rest."""
+    """As a Slurm job array, at most `jobs` at once, through submitit. SBATCH_PARTITION and its kin say where."""
     try:
         import submitit
     except ImportError:
         raise ValueError("--launcher slurm needs submitit: pip install submitit") from None
     folder = Path(os.path.commonpath([chain[0].folder for chain in chains])) / "slurm"
-    executor = submitit.AutoExecutor(folder=folder, cluster=os.environ.get("SPOTLIGHTER_SUBMITIT", "slurm"))
+    try:
+        executor = submitit.AutoExecutor(folder=folder, cluster=os.environ.get("SPOTLIGHTER_SUBMITIT", "slurm"))
+    except RuntimeError as error:  # this is no Slurm cluster
+        raise ValueError(f"--launcher slurm: {error}") from None
     executor.update_parameters(
         name="spotlighter", timeout_min=24 * 60, cpus_per_task=8, gpus_per_node=1, slurm_array_parallelism=jobs
     )

@@ -295,6 +295,13 @@ def test_slurm_gets_the_same_plan(home, monkeypatch):
     assert failures == [] and "4 of 4 runs are complete" in said
 
 
+def test_slurm_without_a_cluster_is_one_line(home, monkeypatch):
+    pytest.importorskip("submitit")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ValueError, match="--launcher slurm: "):
+        run(plan(home), launcher="slurm")
+
+
 def test_ray_gets_the_same_plan(home):
     ray = pytest.importorskip("ray")
     failures, said = run(plan(home, seeds=(1, 2)), jobs=2, launcher="ray")
