@@ -95,22 +95,23 @@ def _encode_chunk(tower, embeddings, tokenized):
     end = tokenized.argmax(dim=-1)  # (C,) position of the end-of-text token
     length = int(end.max()) + 1
     x = embeddings[:, :length] + tower.positional_embedding[:length].type(embeddings.dtype)  # (C, length, w)
-    with _causal_mask_of(tower.transformer, length):
+    with _shorter_mask(tower.transformer, x):
         x = tower.transformer(x.permute(1, 0, 2))  # (length, C, w)
     x = x[end.to(x.device), torch.arange(x.shape[1], device=x.device)]  # (C, w)
     return tower.ln_final(x) @ tower.text_projection  # (C, d)
 
 
 @contextmanager
-def _causal_mask_of(transformer, length):
-    """Let the transformer's blocks see sequences of `length`: OpenAI's blocks hold the mask of the full context."""
-    masks = [block.attn_mask for block in transformer.resblocks]
-    for block, mask in zip(transformer.resblocks, masks, strict=True):
+def _shorter_mask(transformer, x):
+    """Let the blocks see sequences as long as x, (C, length, w): OpenAI's hold one causal mask of the full context."""
+    length, blocks = x.shape[1], transformer.resblocks
+    mask = blocks[0].attn_mask.to(x)  # (77, 77); stays where x is, as after a pass of OpenAI's own
+    for block in blocks:
         block.attn_mask = mask[:length, :length]
     try:
         yield
     finally:
-        for block, mask in zip(transformer.resblocks, masks, strict=True):
+        for block in blocks:
             block.attn_mask = mask
 
 

@@ -25,7 +25,7 @@ def taught(tmp_path_factory):
 
 
 def promptkd(folder, taught, *options):
-    settings = ["TRAINER.PROMPTKD.PREC", "fp32", "TRAINER.PROMPTKD.KD_WEIGHT", 1000.0, "TRAINER.MODAL", "cross"]
+    settings = ["TRAINER.PROMPTKD.PREC", "fp32", "TRAINER.PROMPTKD.KD_WEIGHT", 100.0, "TRAINER.MODAL", "cross"]
     teacher = ["TRAINER.PROMPTKD.TEACHER_NAME", taught[0], "TRAINER.PROMPTKD.TEACHER_CHECKPOINT", taught[1]]
     return make_trainer(folder, "PromptKD", "promptkd", *settings, *teacher, *options)
 
@@ -54,7 +54,8 @@ def test_distillation_falls_and_only_prompts_and_projection_change(tmp_path, tau
     losses = losses_over(trainer, 5)
     assert losses[-1] < losses[0]
     changed = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
-    assert changed == {name for name in before if "VPT" in name}
+    idle = {"VPT_image_trans.conv1.0.bias"}  # the normalization behind it takes it away again
+    assert changed | idle == {name for name in before if "VPT" in name}
     assert all(torch.equal(value, teacher[name]) for name, value in trainer.model_teacher.state_dict().items())
 
 
