@@ -1,4 +1,4 @@
-"""Each host, trained from a fixed seed on random weights, ends where it ended when its code was checked against its fork.
+"""Each host, trained from a fixed seed on random weights, ends where it ended when it was checked against its fork.
 
 The stored losses hold to 2 %: kernels round differently from one processor and one PyTorch to the next.
 """
