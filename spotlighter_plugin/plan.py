@@ -106,9 +106,9 @@ class Plan:
         found = next((host for host in known if host.lower() == name.lower()), None)
         if found is None:
             raise ValueError(f"unknown host {name!r}: configs/trainers has {', '.join(sorted(known)) or 'none'}")
-        file = self.home / "configs/trainers" / found / f"{self.config}.yaml"
-        if not file.is_file() and self.config != "default":
-            raise ValueError(f"--config {self.config}: there is no {file}")
+        configs = sorted(path.stem for path in (self.home / "configs/trainers" / found).glob("*.yaml"))
+        if self.config not in configs:
+            raise ValueError(f"--config {self.config}: {found} has {', '.join(configs) or 'none'}")
         return found
 
     def _datasets(self, names):
@@ -129,9 +129,7 @@ class Plan:
         folder = Path(self.output, folder, f"seed{seed}")
         flags = ["--root", self.root, "--seed", seed, "--trainer", host, "--output-dir", folder]
         flags += ["--dataset-config-file", f"configs/datasets/{dataset}.yaml"]
-        config = f"configs/trainers/{host}/{self.config}.yaml"
-        if (self.home / config).is_file():
-            flags += ["--config-file", config]
+        flags += ["--config-file", f"configs/trainers/{host}/{self.config}.yaml"]
         if needs is not None or host == ZERO_SHOT:
             flags += ["--eval-only", *(["--model-dir", needs] if needs else [])]
         else:

@@ -16,7 +16,7 @@ import typer
 
 from .results import find_results
 
-PAPER = json.loads(Path(__file__).with_name("paper_results.json").read_text())["tables"]
+PAPER = json.loads(Path(__file__).with_name("paper_results.json").read_text(encoding="utf-8"))["tables"]
 ELEVEN = [name for name in PAPER["I"]["blocks"] if name != "Average"]
 VARIANTS = PAPER["III"]["columns"][1:]
 EMOJI = ["EmojiScenes", "EmojiScenesPixel", "EmojiScenesDark", "EmojiScenesSwap", "EmojiScenesShift"]
@@ -413,6 +413,6 @@ def command(
         raise ValueError(f"unknown format {format!r}: take {', '.join(FORMATS)}")
     text = FORMATS[format](make_tables(find_results(runs, config), read_benches(runs), table))
     if output:
-        output.write_text(text)
+        output.write_text(text, encoding="utf-8")
     else:
         print(text, end="")

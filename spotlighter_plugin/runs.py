@@ -52,7 +52,7 @@ def log_files(folder):
 
 def read_run(folder):
     """The RunLog of a folder with logs, None for a folder without."""
-    texts = [path.read_text(errors="replace") for path in log_files(folder)]
+    texts = [path.read_text(encoding="utf-8", errors="replace") for path in log_files(folder)]
     if not texts:
         return None
     runs = [_read_log(Path(folder), text) for text in texts]

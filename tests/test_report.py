@@ -3,12 +3,15 @@
 import csv
 import io
 import json
+import re
 import statistics
 
 import pytest
 
 from spotlighter_plugin import cli
-from spotlighter_plugin.report import PAPER, as_csv, as_latex, as_markdown, as_text, make_tables, read_benches
+from spotlighter_plugin.ablate import ABLATIONS
+from spotlighter_plugin.plan import HERE, PROTOCOLS
+from spotlighter_plugin.report import NUMBERS, PAPER, as_csv, as_latex, as_markdown, as_text, make_tables, read_benches
 from spotlighter_plugin.results import find_results
 from spotlighter_plugin.runs import progress, read_run, same
 
@@ -321,6 +324,22 @@ def test_the_papers_averages_are_those_of_its_eleven_data_sets():
         for i in (0, 1):
             mean = statistics.fmean(rows[method][i] for name, rows in PAPER["I"]["blocks"].items() if name != "Average")
             assert abs(mean - average[i]) < (0.1 if method == "CoOp" else 0.06)
+
+
+def test_every_table_and_figure_of_the_paper_has_its_command():
+    text = (HERE / "docs/reproduce.md").read_text(encoding="utf-8")
+    tables, figures = text.split("## Tables")[1].split("## Figures")
+    rows = [
+        [line.split("|")[1].strip() for line in part.split("##")[0].splitlines() if line.startswith("|")][2:]
+        for part in (tables, figures)
+    ]
+    assert rows == [
+        ["I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X", "XI", "XII"],
+        ["1", "2", "3", "4", "5", "6", "7"],
+    ]
+    for command, name in re.findall(r"`spotlighter (sweep|ablate) (\w+)", text):
+        assert name in {"sweep": PROTOCOLS, "ablate": ABLATIONS}[command], name
+    assert set(re.findall(r"report output --table ([\w-]+)", text)) == set(NUMBERS)
 
 
 @pytest.mark.parametrize(

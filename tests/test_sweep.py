@@ -104,7 +104,7 @@ def test_every_data_set_that_a_protocol_names_has_a_config():
         ({"protocol": "base2old"}, "unknown protocol 'base2old': take base2new"),
         ({"hosts": ("CoCoOp",)}, "unknown host 'CoCoOp': configs/trainers has CoOp, "),
         ({"datasets": ("mnist",)}, "unknown data set 'mnist': take eleven, "),
-        ({"config": "rn50"}, "--config rn50: there is no "),
+        ({"config": "rn50"}, "--config rn50: CoOp has default, vit_b16"),
         ({"options": ("OPTIM.LR",)}, "'OPTIM.LR' stands alone"),
         ({"shots": (1, 2)}, "base2new takes one --shots, got 1, 2"),
     ],
