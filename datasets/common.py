@@ -63,7 +63,7 @@ def pack(items, folder, domain=False):
 
 
 def unpack(rows, folder, path):
-    """JSON rows as `Row`s with whole paths. Raises ValueError naming `path`, the file they are from, if they are not."""
+    """JSON rows as `Row`s with whole paths. Raises ValueError naming `path`, their file, if they are not."""
     try:
         return [Row(os.path.join(folder, row[0]), int(row[1]), row[2], *row[3:]) for row in rows]
     except (TypeError, ValueError, IndexError, KeyError):

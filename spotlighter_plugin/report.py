@@ -56,19 +56,19 @@ class Table:
 
 
 class Accuracies:
-    """{seed: accuracy} of each (method, data set, kind, shots), None where a run is incomplete."""
+    """{seed: accuracy}, None where a run is incomplete, of each (method, data set, kind, shots or source)."""
 
     def __init__(self, results):
         self.cells = {}
         for r in results:
-            shots = r.shots if r.kind == "few" else None
-            cell = self.cells.setdefault((r.method, r.dataset, r.kind, shots), {})
+            detail = {"few": r.shots, "cross": r.source}.get(r.kind)
+            cell = self.cells.setdefault((r.method, r.dataset, r.kind, detail), {})
             cell[r.seed] = cell.get(r.seed) if r.accuracy is None else r.accuracy
         self.methods = sorted({r.method for r in results})
 
-    def get(self, method, dataset, kind, shots=None):
+    def get(self, method, dataset, kind, detail=None):
         """A copy; zero-shot CLIP's accuracy on all classes stands for any number of shots and for any source."""
-        found = self.cells.get((method, dataset, kind, shots))
+        found = self.cells.get((method, dataset, kind, detail))
         if found is None and kind in ("few", "cross"):
             found = self.cells.get((method, dataset, "zero", None))
         return dict(found or {})
@@ -187,14 +187,13 @@ def table_2(accuracies):
                 values, missing = (per_dataset[block], "") if block in ran else _averaged(per_dataset, family)
                 cells.append(_cell(values, accuracies.seeds(method, "few"), printed.get(str(k)), missing=missing))
             rows.append((method, cells))
-        tables.append(_table("II", block, [f"{k} shots" for k in shots], rows))
+        tables.append(_table("II", block, [f"{k}-shot" for k in shots], rows))
     return tables
 
 
 def _transfer(number, accuracies, source, targets, paper, title=""):
     """Trained on `source`, tested there and elsewhere."""
-    ran = [name for name in targets if name in accuracies.datasets("cross", "zero")]
-    if not ran or "cross" not in {key[2] for key in accuracies.cells}:
+    if not any(key[1] in targets and key[2:] == ("cross", source) for key in accuracies.cells):
         return []
     rows = []
     for method in _rows_of(paper, accuracies, ("cross", "zero")):
@@ -202,8 +201,10 @@ def _transfer(number, accuracies, source, targets, paper, title=""):
         trained = [key[3] for key in accuracies.cells if key[:3] == (method, source, "few")]
         first = accuracies.get(method, source, "few", max(trained, default=None))
         cells = [_cell(first, expected, printed[0])]
-        cells += [_cell(accuracies.get(method, t, "cross"), expected, printed[i]) for i, t in enumerate(targets, 1)]
-        per_dataset = {name: accuracies.get(method, name, "cross") for name in targets}
+        cells += [
+            _cell(accuracies.get(method, t, "cross", source), expected, printed[i]) for i, t in enumerate(targets, 1)
+        ]
+        per_dataset = {name: accuracies.get(method, name, "cross", source) for name in targets}
         values, missing = _averaged(per_dataset, targets)
         rows.append((method, [*cells, _cell(values, expected, missing=missing)]))
     return [_table(number, title, [source, *targets, "Average"], rows)]

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .runs import RunLog, read_run, same
@@ -24,6 +24,7 @@ class Result:
         dataset: as registered, e.g. "Caltech101".
         kind: "base" or "new" (base-to-new), "few" (trained and tested on all classes), "cross" (trained elsewhere) or
             "zero" (not trained, all classes).
+        source: of kind "cross", the data set of the training.
         shots: DATASET.NUM_SHOTS. seed: SEED.
         accuracy: percent, None if the run is incomplete.
         run: where it is from.
@@ -36,6 +37,7 @@ class Result:
     seed: int
     accuracy: float | None
     run: RunLog
+    source: str = ""
 
 
 def method_name(trainer):
@@ -67,6 +69,8 @@ def find_results(paths, config="", warn=lambda line: print(line, file=sys.stderr
         results += _results(run)
     if not results:
         raise ValueError(f"no run in {', '.join(map(str, paths))}{f' with --config {config}' if config else ''}")
+    trained = {result.run.folder: result.dataset for result in results}
+    results = [replace(r, source=_source(r.run, trained)) if r.kind == "cross" else r for r in results]
     _refuse_mixtures(results)
     return results
 
@@ -77,6 +81,13 @@ def _folders(path):
     for folder, _, files in os.walk(path, followlinks=True):
         if any(name.startswith("log.txt") for name in files):
             yield Path(folder).resolve()
+
+
+def _source(run, trained):
+    """The data set of the run whose model was evaluated: of that run, or by the folder's name if it is not at hand."""
+    folder = Path(run.arguments["model_dir"])
+    named = "ImageNet" if "imagenet" in folder.parts else ""
+    return trained.get(folder.resolve(), named)
 
 
 def _results(run):
@@ -108,7 +119,7 @@ def _refuse_mixtures(results):
     """Runs of one cell must differ in nothing but the seed; a seed must not come twice with different results."""
     first, seen = {}, {}
     for result in results:
-        kind = "base2new" if result.kind in ("base", "new") else (result.kind, result.shots)
+        kind = "base2new" if result.kind in ("base", "new") else (result.kind, result.shots, result.source)
         other = first.setdefault((result.method, result.dataset, kind), result)
         for key in sorted(other.run.settings.keys() & result.run.settings.keys()):
             one, two = other.run.settings[key], result.run.settings[key]
@@ -118,7 +129,7 @@ def _refuse_mixtures(results):
                     f"{other.run.folder} and {two} in {result.run.folder}; give fewer folders or --config"
                 )
         if result.accuracy is not None:
-            cell = result.method, result.dataset, result.kind, result.shots, result.seed
+            cell = result.method, result.dataset, result.kind, result.shots, result.source, result.seed
             other = seen.setdefault(cell, result)
             if abs(other.accuracy - result.accuracy) > 0.05:
                 raise ValueError(

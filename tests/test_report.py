@@ -89,7 +89,12 @@ class Runs:
         folder = self.root / f"run{self.count}/seed{seed}"
         folder.mkdir(parents=True)
         evaluates = more.pop("eval_only", half == "new")
-        values = {"shots": 16, "lr": "0.002", "model_dir": "elsewhere" if evaluates else "", "config": "vit_b16"} | more
+        values = {
+            "shots": 16,
+            "lr": "0.002",
+            "model_dir": "output/imagenet/CoOp" if evaluates else "",
+            "config": "vit_b16",
+        } | more
         values = {"modal": "base2novel", **values}
         head = HEAD.format(
             half=half,
@@ -235,9 +240,9 @@ def test_table_2_has_a_column_for_each_number_of_shots(runs):
         runs.log(correct, "all", dataset="EuroSAT", shots=shots)
     runs.log(800, "all", trainer="ZeroshotCLIP", dataset="EuroSAT", shots=-1, eval_only=True, model_dir="")
     tables = runs.tables("II")
-    assert [cell(tables, "II", "EuroSAT", "CoOp", f"{k} shots").mean for k in (1, 2, 4)] == [50, None, 60]
-    assert [cell(tables, "II", "EuroSAT", "CLIP", f"{k} shots").mean for k in (1, 16)] == [40, 40]
-    average = cell(tables, "II", ": Average", "CoOp", "4 shots")
+    assert [cell(tables, "II", "EuroSAT", "CoOp", f"{k}-shot").mean for k in (1, 2, 4)] == [50, None, 60]
+    assert [cell(tables, "II", "EuroSAT", "CLIP", f"{k}-shot").mean for k in (1, 16)] == [40, 40]
+    average = cell(tables, "II", ": Average", "CoOp", "4-shot")
     assert average.missing == "1/11 sets" and average.paper == 73.59
 
 
@@ -251,6 +256,14 @@ def test_table_3_has_source_and_targets(runs):
     assert cell(tables, "III", "16 shots", "CoOp", "Average").mean == pytest.approx(57.5)
     assert cell(tables, "III", "16 shots", "MaPLe w/ Spotlighter", "ImageNetA").paper == 69.83
     assert cell(tables, "cross-dataset", "paper)", "CoOp", "Food101").mean == 70
+
+
+def test_a_model_trained_elsewhere_is_not_taken_for_imagenets(runs):
+    trained = runs.log(1000, "all", dataset="EuroSAT")
+    runs.log(1600, "all", dataset="Food101", eval_only=True, model_dir=trained)
+    assert {table.number for table in runs.tables()} == {"II"}
+    runs.log(1400, "all", dataset="Food101", eval_only=True)
+    assert cell(runs.tables(), "cross-dataset", "paper)", "CoOp", "Food101").mean == 70
 
 
 def test_table_4_takes_speed_from_benchmarks(runs, tmp_path):
