@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from . import ablate, report, sweep
+from . import ablate, bench, report, sweep
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -67,6 +67,7 @@ def _tiny_clip():
 app.command("sweep", cls=sweep.ListOptions)(sweep.command)
 app.command("ablate", cls=sweep.ListOptions)(ablate.command)
 app.command("report")(report.command)
+app.command("bench")(bench.command)
 
 CHECKS = {
     "python >= 3.10": platform.python_version,

@@ -1,0 +1,44 @@
+"""Figures as files: drawn without a display, written aside, then renamed."""
+
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+FORMATS = (".png", ".svg", ".pdf")
+
+
+def check_path(flag: str, path: Path) -> None:
+    """Raise a one-line error unless a figure can be written to ``path``; ``flag`` is the option that named it."""
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(f"{flag} {path}: unknown format {path.suffix!r}, take {', '.join(FORMATS)}")
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{flag} {path}: the folder {folder} does not exist")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{flag} {path}: cannot write to {folder}")
+    _matplotlib()
+
+
+@contextmanager
+def figure(path: Path, width: float, height: float, **subplots):
+    """Axes (or an array of them, as of matplotlib's ``subplots``) that are saved to ``path`` at the end."""
+    path = Path(path)
+    drawing, axes = _matplotlib().subplots(figsize=(width, height), layout="constrained", **subplots)
+    try:
+        yield axes
+        aside = path.with_name(path.name + ".part")
+        drawing.savefig(aside, format=path.suffix.lower().lstrip("."), dpi=150)
+        os.replace(aside, path)
+    finally:
+        _matplotlib().close(drawing)
+
+
+def _matplotlib():
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise ValueError("figures need matplotlib: pip install 'spotlighter-plugin[figures]'") from None
+    return plt

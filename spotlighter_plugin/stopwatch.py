@@ -1,0 +1,128 @@
+"""Time and memory of a piece of work on a device, and where in a Spotlighter pass the time goes."""
+
+import os
+import time
+from contextlib import contextmanager
+
+import torch
+
+STAGES = ("stem and blocks before s", "scoring", "selection", "blocks from s on", "text and logits")
+OUTSIDE = ("scoring", "selection", "text and logits")
+"""The stages outside the tower's own blocks."""
+MEGABYTE = 2**20
+
+
+def seconds(work, device: torch.device) -> float:
+    """Seconds that work() takes, until the device has finished."""
+    _wait(device)
+    started = time.perf_counter()
+    work()
+    _wait(device)
+    return time.perf_counter() - started
+
+
+def alternate(legs: dict, runs: int, device: torch.device, tick=lambda: None) -> dict[str, list[float]]:
+    """Time pieces of work in turn, A B C A B C …, so that what slows the machine slows all: {name: seconds of runs}.
+
+    The first round warms caches and is not counted. ``tick`` is called after each piece.
+    """
+    taken = {name: [] for name in legs}
+    for _ in range(runs + 1):
+        for name, work in legs.items():
+            taken[name].append(seconds(work, device))
+            tick()
+    return {name: times[1:] for name, times in taken.items()}
+
+
+def peak_memory(work, device: torch.device) -> float:
+    """The most, in MB, that PyTorch's allocator held during work() beyond what it held before.
+
+    Weights and kept embeddings are there before and do not count. On CUDA the allocator keeps the mark itself; on a
+    CPU the profiler's list of every allocation and release is summed up. What libraries take for themselves past
+    PyTorch's allocator is in neither.
+    """
+    if device.type == "cuda":
+        _wait(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        _wait(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / MEGABYTE
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its start and stop are no news
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = highest = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        highest = max(highest, held)
+    return highest / MEGABYTE
+
+
+def stages(wrapper, images, runs: int, device: torch.device) -> dict[str, float]:
+    """Seconds of each stage of one inference pass, the median of ``runs`` passes after one that is not counted."""
+    marks = {}
+
+    def mark(name):
+        _wait(device)
+        marks[name] = time.perf_counter()
+
+    passes = []
+    with _marked(wrapper, mark, device) as scores:
+        for _ in range(runs + 1):
+            scores.clear()
+            mark("start")
+            wrapper(images)
+            mark("end")
+            scoring = sum(scores)
+            passes.append(
+                (
+                    marks["chosen from"] - marks["tower"],
+                    scoring,
+                    marks["chosen"] - marks["chosen from"] - scoring,
+                    marks["tower left"] - marks["chosen"],
+                    marks["end"] - marks["tower left"] + marks["tower"] - marks["start"],
+                )
+            )
+    medians = torch.tensor(passes[1:], dtype=torch.float64).median(0).values.tolist()
+    return dict(zip(STAGES, medians, strict=True))
+
+
+@contextmanager
+def _marked(wrapper, mark, device):
+    """Mark where a pass enters and leaves the tower and the choice of tokens; gives the list of the scores' seconds."""
+    taken, vision = [], wrapper.adapter.vision
+
+    def choose(hidden, step, own=wrapper._choose):
+        mark("chosen from")
+        sequence = own(hidden, step)
+        mark("chosen")
+        return sequence
+
+    def timed(score):
+        def scoring(*args):
+            result = []
+            taken.append(seconds(lambda: result.append(score(*args)), device))
+            return result[0]
+
+        return scoring
+
+    instead = {"_choose": choose}
+    instead |= {name: timed(getattr(wrapper, name)) for name in ("_sample_score", "_semantic_score")}
+    hooks = [
+        vision.register_forward_pre_hook(lambda *_: mark("tower")),
+        vision.register_forward_hook(lambda *_: mark("tower left")),
+    ]
+    vars(wrapper).update(instead)
+    try:
+        yield taken
+    finally:
+        for name in instead:
+            delattr(wrapper, name)
+        for hook in hooks:
+            hook.remove()
+
+
+def _wait(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,186 @@
+"""The benchmark: what it times, what it writes, and what it says to bad input."""
+
+import json
+
+import pytest
+import torch
+
+from spotlighter_plugin import bench, cli
+from spotlighter_plugin.bench_hosts import build_host, logits_of, shape_of, text_owner, upstream_logits
+from spotlighter_plugin.stopwatch import alternate, peak_memory, stages
+
+CPU = torch.device("cpu")
+SMALL = "image=32,patch=8,width=64,layers=3,dim=64,text_width=64,text_layers=2"
+KEYS = [
+    "host",
+    "backbone",
+    "device",
+    "dtype",
+    "batch_size",
+    "classes",
+    "select_block",
+    "top_k",
+    "images_per_second_host",
+    "images_per_second_host_cached_text",
+    "images_per_second_spotlighter",
+    "speedup",
+    "speedup_over_cached_text",
+    "extra_parameters",
+    "peak_memory_mb_host",
+    "peak_memory_mb_spotlighter",
+    "runs",
+]  # as design.md lists them
+
+
+def small_bench(host="coop", sweep="", **options):
+    options = {"backbone": SMALL, "batch_size": 4, "classes": 5, "top_k": 6, "runs": 2, **options}
+    return bench.Bench(bench.swept({"host": host, **options}, sweep))
+
+
+@pytest.mark.parametrize("host", ["coop", "maple", "promptkd", "clipfit"])
+def test_a_record_has_exactly_the_promised_keys_on_every_host(host):
+    (record,) = small_bench(host).inference()
+    assert list(record) == KEYS
+    assert record["host"] == host and record["select_block"] == 2 and record["device"] == "cpu"
+    assert all(record[key] > 0 for key in KEYS if "per_second" in key or "speedup" in key or "memory" in key)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("host", ["coop", "maple", "promptkd", "clipfit"])
+def test_half_precision_runs_on_every_host(host, dtype):
+    made = small_bench(host, dtype=dtype)
+    assert made.host.dtype == {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    assert made.inference()[0]["dtype"] == dtype
+
+
+@pytest.mark.parametrize("host", ["coop", "maple", "promptkd", "clipfit"])
+def test_a_training_step_is_timed_and_trains_host_and_plug_in(host):
+    made = small_bench(host)
+    before = [p.clone() for p in made.wrappers[0].parameters() if p.requires_grad]
+    made._step(made._loss_of(made.wrappers[0]), made.wrappers[0])()
+    after = [p for p in made.wrappers[0].parameters() if p.requires_grad]
+    assert any((b != a).any() for b, a in zip(before, after, strict=True))
+    (record,) = made.training()
+    assert record["time_ratio"] > 0 and record["memory_ratio"] > 0
+    assert not made.wrappers[0].training
+
+
+@pytest.mark.parametrize("host", ["coop", "maple", "promptkd", "clipfit"])
+def test_upstreams_way_and_cached_texts_give_the_same_logits(host):
+    torch.manual_seed(0)
+    model, images = build_host(host, shape_of(SMALL), 5), torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        text = text_owner(model).text_features()
+        ours, cached, theirs = model(images), logits_of(model, images, text), upstream_logits(model, images)
+    assert torch.allclose(ours, cached, atol=1e-4) and torch.allclose(ours, theirs, atol=1e-4)
+
+
+def test_upstreams_way_runs_the_text_tower_on_every_position_of_every_batch():
+    model, images, lengths = build_host("coop", shape_of(SMALL), 5), torch.randn(2, 3, 32, 32), []
+    model.text_encoder.transformer.register_forward_pre_hook(lambda module, args: lengths.append(len(args[0])))
+    with torch.no_grad():
+        upstream_logits(model, images)
+        upstream_logits(model, images)
+        model(images)
+        model(images)
+    assert lengths[:2] == [77, 77] and len(lengths) == 3 and lengths[2] < 77
+
+
+def test_legs_take_turns_and_the_first_round_is_not_counted():
+    order = []
+    taken = alternate({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2, CPU)
+    assert order == ["a", "b"] * 3
+    assert [len(times) for times in taken.values()] == [2, 2]
+
+
+def test_a_speed_up_is_the_median_of_pairwise_ratios():
+    assert bench._ratio([2.0, 30.0, 8.0], [1.0, 10.0, 2.0]) == 3.0  # not 8 / 2
+
+
+def test_peak_memory_counts_what_is_held_at_once_beyond_what_was_there():
+    resident = torch.ones(2**18)  # 1 MB of float32 per 2**18 numbers
+
+    def work():
+        first = torch.ones(8 * 2**18)
+        del first
+        second, third = torch.ones(6 * 2**18), torch.ones(5 * 2**18)
+        return resident.sum() + second.sum() + third.sum()
+
+    assert peak_memory(work, CPU) == pytest.approx(11, abs=0.1)
+
+
+def test_stages_add_up_to_the_pass_and_leave_the_wrapper_as_it_was():
+    made = small_bench(select_block=1)
+    wrapper = made.wrappers[0]
+    with torch.no_grad():
+        before, own = wrapper(made.images), dict(vars(wrapper))
+        found = stages(wrapper, made.images, 2, CPU)
+        after = wrapper(made.images)
+    assert all(part > 0 for part in found.values()) and len(found) == 5
+    assert torch.equal(before, after) and vars(wrapper).keys() == own.keys()
+
+
+def test_the_bank_is_full_so_that_its_match_is_timed():
+    wrapper = small_bench(preset="paper", top_k=6).wrappers[0]
+    assert wrapper.plugin.bank.filled.all() and not wrapper.plugin.bank.is_empty
+    assert wrapper._has_semantics()
+
+
+@pytest.mark.parametrize(
+    "s,k,limit", [(11, 32, 1.075), (4, 32, 2.247), (0, 196, 1.0)]
+)  # 12 / (11 + 33/197) and so on, by hand
+def test_the_arithmetic_limit_is_that_of_blocks_times_tokens(s, k, limit):
+    record = {"backbone": "ViT-B/16", "select_block": s, "top_k": k}
+    assert bench.arithmetic_limit(record) == pytest.approx(limit, abs=5e-4)
+
+
+def test_a_sweep_is_every_combination():
+    settings = bench.swept({"backbone": SMALL}, "select_block=1,-1,top_k=4,8,16")
+    assert [(s.select_block, s.top_k) for s in settings] == [(1, 4), (1, 8), (1, 16), (-1, 4), (-1, 8), (-1, 16)]
+
+
+def test_the_command_writes_records_and_a_picture(tmp_path, capsys):
+    flags = ["--backbone", SMALL, "--batch-size", "4", "--classes", "5", "--runs", "1", "--device", "cpu"]
+    files = ["--json", str(tmp_path / "bench.json"), "--plot", str(tmp_path / "speed.svg")]
+    with pytest.raises(SystemExit) as end:
+        cli.main(["bench", *flags, "--sweep", "top_k=4,8", "--profile", *files])
+    assert end.value.code == 0
+    records = json.loads((tmp_path / "bench.json").read_text())
+    assert [record["top_k"] for record in records] == [4, 8] and list(records[0]) == KEYS
+    assert "<svg" in (tmp_path / "speed.svg").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.json", "speed.svg"]
+    printed = capsys.readouterr().out
+    assert "images/s" in printed and "outside" in printed
+
+
+@pytest.mark.parametrize(
+    "flags,names",
+    [
+        (["--host", "cocoop"], ["--host", "coop"]),
+        (["--backbone", "RN50"], ["--backbone", "ViT-B/16"]),
+        (["--backbone", "width=100"], ["width", "64"]),
+        (["--backbone", "image=50,patch=16"], ["image 50", "patch 16"]),
+        (["--batch-size", "0"], ["--batch-size", "at least 1"]),
+        (["--classes", "-3"], ["--classes", "at least 1"]),
+        (["--runs", "0"], ["--runs", "at least 1"]),
+        (["--dtype", "int8"], ["--dtype", "fp32"]),
+        (["--device", "abacus"], ["--device", "cpu"]),
+        (["--preset", "fastest"], ["--preset", "fast"]),
+        (["--top-k", "500"], ["--top-k", "16 tokens"]),
+        (["--top-k", "1"], ["--top-k", "at least 2"]),
+        (["--select-block", "3"], ["--select-block", "3 blocks"]),
+        (["--sweep", "top_k=a"], ["--sweep", "select_block"]),
+        (["--sweep", "alpha=1"], ["--sweep", "top_k"]),
+        (["--sweep", "top_k=4,500"], ["--top-k", "500"]),
+        (["--json", "nowhere/bench.json"], ["--json", "does not exist"]),
+        (["--plot", "speed.bmp"], ["--plot", ".svg"]),
+        (["--plot", "speed.svg", "--train"], ["--plot", "--train"]),
+    ],
+)
+def test_bad_input_is_one_clear_line(flags, names, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["bench", "--backbone", SMALL, "--top-k", "8", *flags])
+    error = capsys.readouterr().err.strip()
+    assert end.value.code == 1 and "\n" not in error
+    assert all(name in error for name in names), error
