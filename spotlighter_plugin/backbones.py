@@ -15,8 +15,11 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from clip import clip as openai_clip
-from clip.model import CLIP, VisionTransformer, build_model, convert_weights
+from clip.model import CLIP, VisionTransformer, convert_weights
 
+from .compat import openai_clip_model
+
+build_model = openai_clip_model().build_model
 TINY_WEIGHTS = Path(__file__).parent / "weights" / "tiny_clip.safetensors"
 PRECISIONS = ("fp16", "fp32", "amp")
 TEXT_CHUNK = 256  # classes that go through the text tower at once when no gradient is kept

@@ -79,6 +79,22 @@ def silence_clip_import():
     warnings.filterwarnings("ignore", message="pkg_resources is deprecated", category=UserWarning)
 
 
+def openai_clip_model():
+    """OpenAI's module clip.model. A fork's own `clip` stands in front of it, and MaPLe's and PromptKD's build another
+    model, from more than a state dict: then OpenAI's is looked for further down the path."""
+    first = importlib.import_module("clip.model")
+    if len(inspect.signature(first.build_model).parameters) == 1:
+        return first
+    for entry in sys.path:
+        file = Path(entry, "clip", "model.py")
+        if file.is_file() and not file.samefile(first.__file__):
+            spec = importlib.util.spec_from_file_location(f"{__package__}.openai_clip_model", file)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            return module
+    raise ImportError("OpenAI's clip is not installed; the fork's own builds no plain CLIP: pip install openai-clip")
+
+
 @once
 def provide_dassl():
     """Dassl is on no package registry. Where it is not installed, our own part of its interface takes its name."""

@@ -53,7 +53,7 @@ class SpotlighterTrainerMixin:
         self.register_model(self.folder, self.model.plugin, optim, sched)
 
     def before_train(self):
-        if {"reg_text", "kl_visual"} & set(self.model.config.losses):
+        if self.adapter.hand_written_text and {"reg_text", "kl_visual"} & set(self.model.config.losses):
             template = _hand_written_prompt(self.cfg.DATASET.NAME)
             texts = [template.format(name.replace("_", " ")) for name in self.model.class_names]
             clip_model = load_clip(self.cfg.MODEL.BACKBONE.NAME).to(self.device)

@@ -12,6 +12,13 @@ class PromptKDSpotlighter(SpotlighterTrainerMixin, TRAINER_REGISTRY.get("PromptK
     adapter = PromptKDAdapter
     split = "test"
 
+    def __init__(self, cfg):
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.TRAINER.NAME = "PromptKD"  # the fork's data sets and prompts look at it
+        cfg.freeze()
+        super().__init__(cfg)
+
     def make_adapter(self, host, class_names):
         options = self.cfg.TRAINER.PROMPTKD
         return PromptKDAdapter(host, class_names, self.model_teacher, options.KD_WEIGHT, options.TEMPERATURE)

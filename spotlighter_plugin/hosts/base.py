@@ -17,6 +17,8 @@ class HostAdapter:
     """One line: the attributes by which the host is recognised."""
     train_text = True
     """Whether text embeddings change in training; if not, they are computed once."""
+    hand_written_text = True
+    """Whether t⁰ comes from hand-written prompts; if not, it is what ``encode_text`` gives at the first call."""
 
     def __init__(self, model: nn.Module, class_names: list[str] | None = None):
         self.model = model

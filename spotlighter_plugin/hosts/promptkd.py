@@ -33,6 +33,7 @@ class PromptKDAdapter(HostAdapter):
     name = "PromptKD"
     looks_for = "VPT_image_trans (the projection to the teacher's width), image_encoder, logit_scale"
     train_text = False
+    hand_written_text = False  # t⁰ is the teacher's: that of the student's own tower lives in another space
 
     def __init__(self, model, class_names=None, teacher=None, kd_weight=1.0, temperature=1.0):
         self.teacher = teacher if teacher is not None else getattr(model, "teacher", None)
@@ -69,10 +70,6 @@ class PromptKDAdapter(HostAdapter):
         x = F.linear(joint.type(first.weight.dtype), first.weight.flatten(1), first.bias)
         x = (x.float() - norm.running_mean) * (norm.running_var + norm.eps).rsqrt() * norm.weight + norm.bias
         return F.linear(x.relu().type(last.weight.dtype), last.weight.flatten(1), last.bias)
-
-    def set_frozen_text(self, text: Tensor) -> None:
-        """The teacher's texts are the frozen ones: those of the student's own tower live in another space."""
-        super().set_frozen_text(F.normalize(self.encode_text().float(), dim=-1))
 
     @torch.no_grad()
     def teacher_logits(self, images: Tensor) -> Tensor:
