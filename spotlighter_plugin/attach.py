@@ -45,7 +45,7 @@ class Host:
     def read(self, path: str) -> bytes:
         """A file of this repository."""
         if not (ROOT / path).is_file():
-            raise FileNotFoundError(f"{ROOT / path} is missing: install Spotlighter from its repository, pip install -e")
+            raise FileNotFoundError(f"{ROOT / path} is missing: install Spotlighter with pip install -e REPOSITORY")
         return (ROOT / path).read_bytes()
 
     @property
@@ -94,7 +94,7 @@ def recognise(folder: Path) -> tuple[Host, str]:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     if (folder / "spotlighter_plugin").is_dir():
-        raise ValueError(f"{folder} is Spotlighter itself, whose trainers are there already; name a fork of another host")
+        raise ValueError(f"{folder} is Spotlighter itself, whose trainers are there already: name a fork")
     if not (folder / "train.py").is_file():
         below = next(folder.glob("*/train.py"), None)
         hint = f"; did you mean {below.parent}?" if below else ""
@@ -132,7 +132,7 @@ def plan_attach(folder: Path, host: Host) -> dict[Path, bytes | None]:
         number = next((n for n, line in enumerate(lines, 1) if "spotlighter" in line.lower()), None)
         if number:
             raise ValueError(
-                f"{script}:{number} was patched by hand ({lines[number - 1].strip()}): take its lines about Spotlighter "
+                f"{script}:{number} was patched by hand ({lines[number - 1].strip()}): take what is Spotlighter's "
                 f"out, or complete them: {_by_hand(host)}"
             )
         changes[script] = _inserted(script, lines, newline, host)

@@ -1,0 +1,102 @@
+"""A host that nobody foresaw: a plain CLIP with class names, and an adapter of the user's own (docs/your_own_host.md)."""
+
+import re
+from pathlib import Path
+
+import clip
+import pytest
+import torch
+import torch.nn.functional as F
+from clip.clip import _transform
+from clip.model import CLIP
+from method_kit import random_clip
+from PIL import Image
+from random_clips import CLASS_NAMES, SIZE
+
+from spotlighter_plugin import SpotlighterConfig, SpotlighterWrapper
+from spotlighter_plugin.hosts import HostAdapter, adapter_for
+from spotlighter_plugin.hosts.clip_model import CLIPModelAdapter
+
+DOC = Path(__file__).parent.parent / "docs/your_own_host.md"
+EXAMPLES = re.findall(r"```python\n(.*?)```", DOC.read_text(), re.S)
+ALL = SIZE // 8 * (SIZE // 8)  # every token
+
+
+@pytest.fixture
+def folder_of_photos(tmp_path, monkeypatch):
+    """A random CLIP of 64 tokens in clip.load's place, and six photos in the working folder."""
+    torch.manual_seed(0)
+    model = CLIP(64, 64, 2, 64, 8, 77, 49408, 64, 1, 2).eval()
+    monkeypatch.setattr(clip, "load", lambda name, device: (model, _transform(64)))
+    monkeypatch.chdir(tmp_path)
+    for name, number in ((n, i) for n in ("blue", "red") for i in range(3)):
+        (tmp_path / "photos" / name).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (70, 64 + number), name).save(tmp_path / "photos" / name / f"{number}.png")
+    return model
+
+
+def test_the_three_lines_of_the_document_classify(folder_of_photos):
+    names = {}
+    exec(EXAMPLES[0], names)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert names["wrapper"](images).shape == (2, 3)
+        assert names["wrapper"].kept.shape == (2, 32)
+        exec(EXAMPLES[1], names)
+        assert names["wrapper"](images).shape == (2, 3)
+
+
+def test_the_documents_own_adapter_trains_its_host_and_the_plugin(folder_of_photos):
+    names = {}
+    exec(EXAMPLES[2], names)
+    wrapper, host = names["wrapper"], names["host"]
+    texts = clip.tokenize(["a photo of a blue.", "a photo of a red."])
+    assert not torch.equal(host.text, folder_of_photos.encode_text(texts))
+    assert not wrapper.plugin.bank.is_empty
+    wrapper.load_state_dict(torch.load("spotlighter.pt"))
+
+
+def test_the_complete_example_has_at_most_forty_lines():
+    assert len(EXAMPLES[2].splitlines()) <= 40
+
+
+def test_a_plain_clip_with_every_token_gives_its_zero_shot_logits():
+    model = random_clip()
+    images = torch.randn(3, 3, SIZE, SIZE)
+    wrapper = SpotlighterWrapper(model, SpotlighterConfig(top_k=ALL), class_names=CLASS_NAMES).eval()
+    with torch.no_grad():
+        text = model.encode_text(clip.tokenize([f"a photo of a {name}." for name in CLASS_NAMES]))
+        expected = model.logit_scale.exp() * F.normalize(model.encode_image(images)) @ F.normalize(text).T
+        torch.testing.assert_close(wrapper(images), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_detached_clip_answers_bit_for_bit_as_before():
+    model = random_clip()
+    images, state = torch.randn(3, 3, SIZE, SIZE), {k: v.clone() for k, v in model.state_dict().items()}
+    with torch.no_grad():
+        before = model.encode_image(images)
+        wrapper = SpotlighterWrapper(model, SpotlighterConfig(top_k=4), class_names=CLASS_NAMES).eval()
+        wrapper(images)
+        assert wrapper.detach() is model
+        assert torch.equal(model.encode_image(images), before)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_another_template_gives_other_texts():
+    model = random_clip()
+    photo, sketch = (CLIPModelAdapter(model, ["frog"], template=t) for t in ("a photo of a {}.", "a sketch of a {}."))
+    assert not torch.equal(photo.encode_text(), sketch.encode_text())
+
+
+def test_a_plain_clip_without_class_names_is_refused_in_one_line():
+    with pytest.raises(ValueError, match=r"^a plain CLIP knows no classes: pass class_names=\[...\]$"):
+        SpotlighterWrapper(random_clip())
+
+
+def test_an_adapter_of_ones_own_keeps_the_others_from_nothing():
+    class Mine(HostAdapter):
+        pass
+
+    assert isinstance(adapter_for(random_clip(), CLASS_NAMES), CLIPModelAdapter)
+    with pytest.raises(ValueError, match="no adapter recognises a Linear; pass adapter=…"):
+        adapter_for(torch.nn.Linear(2, 2))
