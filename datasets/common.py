@@ -223,13 +223,18 @@ def subsample_classes(*splits, subsample="all"):
     )
 
 
+def takes_all_classes(cfg):
+    """Whether a run trains on the unlabelled images of all classes and tests base and new ones in one go (PromptKD)."""
+    return cfg.TRAINER.NAME.startswith("PromptKD") and cfg.TRAINER.get("MODAL") == "base2novel"
+
+
 def splits_of_the_protocol(cfg, train, val, test):
     """The three splits that a run of `cfg` uses, given those of all classes.
 
     Usually `subsample_classes`. PromptKD's base-to-novel protocol (TRAINER.MODAL "base2novel") trains on the unlabelled
     images of all classes and tests twice, so there val holds the base classes' test images and test the new ones'.
     """
-    if cfg.TRAINER.NAME.startswith("PromptKD") and cfg.TRAINER.get("MODAL") == "base2novel":
+    if takes_all_classes(cfg):
         _, base = subsample_classes(train, test, subsample="base")
         _, new = subsample_classes(train, test, subsample="new")
         return train, base, new

@@ -1,13 +1,13 @@
 """EmojiScenes' renderer: one emoji on a cluttered background, a pure function of (seed, class, vendor, number).
 
-Used twice: ``datasets/emoji_scenes.py`` writes the few-shot and test scenes with it, and ``tools/pretrain_tiny_clip.py``
+Used twice: ``datasets/emoji_scenes.py`` writes few-shot and test scenes with it, and ``tools/pretrain_tiny_clip.py``
 draws its training scenes and captions with it, so the benchmark and the pre-training differ by vendor alone.
 """
 
 import json
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +57,7 @@ def concepts(folder: Path = SPRITES) -> list[str]:
     return [name.replace("-", " ") for name in json.loads((folder / "concepts.json").read_text())["concepts"]]
 
 
-@lru_cache(maxsize=None)
+@cache
 def sprite_sheet(vendor: str, folder: Path = SPRITES) -> list[Image.Image]:
     """The vendor's sprites, RGBA 64 × 64, in the order of ``concepts``.
 

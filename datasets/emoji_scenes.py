@@ -13,6 +13,7 @@ from dassl.data.datasets import DATASET_REGISTRY, DatasetBase, Datum
 from PIL import Image
 from rich.progress import track
 
+from .common import splits_of_the_protocol, takes_all_classes
 from .emoji_render import concepts, render_scene
 
 SPLIT_SEEDS = {"train": 1, "val": 2, "test": 3}
@@ -33,12 +34,13 @@ class EmojiScenes(DatasetBase):
 
     def __init__(self, cfg):
         shots, subsample = cfg.DATASET.NUM_SHOTS, cfg.DATASET.SUBSAMPLE_CLASSES
+        inner = subsample.startswith("inner")
         if shots > TRAIN_POOL:
             raise ValueError(f"DATASET.NUM_SHOTS is {shots}: EmojiScenes has {TRAIN_POOL} training scenes of a class")
         self.dataset_dir = Path(os.path.expanduser(cfg.DATASET.ROOT)).absolute() / "emoji_scenes"
         self.names = concepts()
-        labels = self._classes(subsample)
-        inner = subsample.startswith("inner")
+        distilled = takes_all_classes(cfg)
+        labels = self._classes("all" if distilled else subsample)
         chosen = {"val": range(VAL_SCENES), "test": range(VAL_SCENES if inner else TEST_SCENES)}
         items = []
         for new, label in enumerate(labels):
@@ -54,7 +56,10 @@ class EmojiScenes(DatasetBase):
         splits = {"train": [], "val": [], "test": []}
         for split, source, label, new, number in items:
             splits[split].append(Datum(str(self._path(source, label, number)), new, 0, self.names[label]))
-        super().__init__(train_x=splits["train"], val=splits["val"], test=splits["test"])
+        train, val, test = splits.values()
+        if distilled:
+            train, val, test = splits_of_the_protocol(cfg, train, val, test)
+        super().__init__(train_x=train, val=val, test=test)
 
     def _classes(self, subsample):
         """Labels of a part of the classes, in their order."""

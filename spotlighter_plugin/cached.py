@@ -19,7 +19,7 @@ class HiddenStates:
 
     Args:
         cfg: names the backbone and the images' transforms, which may not be random.
-        block: s in [0, L].
+        block: s in [0, L]; negative counts from the end.
         batch_size: images in one pass of the tower.
     """
 
@@ -29,9 +29,9 @@ class HiddenStates:
                 f"INPUT.TRANSFORMS {list(cfg.INPUT.TRANSFORMS)}: states of augmented images cannot be kept; "
                 "set INPUT.TRANSFORMS \"('normalize',)\""
             )
-        self.block, self.batch_size = block, batch_size
-        self.transform = build_transform(cfg, is_train=False)
+        self.transform, self.batch_size = build_transform(cfg, is_train=False), batch_size
         self.vision = load_clip(cfg.MODEL.BACKBONE.NAME).visual.eval()
+        self.block = block + len(self.vision.transformer.resblocks) if block < 0 else block
         self.rows, self.states = {}, []
 
     @torch.no_grad()
@@ -60,7 +60,7 @@ class HiddenStates:
 
 
 class CachedLoader:
-    """Batches {img, label, impath} of cached states; in training shuffled by the global generator, whole batches only."""
+    """Batches {img, label, impath} of cached states; shuffled by the global generator, whole batches, in training."""
 
     def __init__(self, states: HiddenStates, items, batch_size: int, is_train: bool):
         self.images = states.of([item.impath for item in items])  # (n, 1+N, w)

@@ -57,13 +57,13 @@ class Laboratory:
     Args:
         dataset: path of the data set's configuration file.
         root: folder of the data sets.
-        block: block at which runs start, at most the methods' SELECT_BLOCK.
+        block: block at which runs start, at most the methods' SELECT_BLOCK; None for whole towers and images.
         classes: the parts that are trained on and tested; ("inner-base", "inner-new") to choose options.
     """
 
-    def __init__(self, dataset: str, root: str = "data", block: int = -1, classes=("base", "new")):
+    def __init__(self, dataset: str, root: str = "data", block: int | None = -1, classes=("base", "new")):
         self.dataset, self.root, self.block, self.classes = dataset, root, block, classes
-        self.states = {}
+        self.states = None
         self.modules = import_trainers_and_datasets()
 
     def run(self, method: Method, seed: int, log: Path | None = None) -> Outcome:
@@ -98,11 +98,12 @@ class Laboratory:
         opts = [str(part) for pair in options.items() for part in pair]
         args = parse([*flags, "--seed", str(seed), "--output-dir", folder, *opts, *method.flags()])
         cfg = setup_cfg(args, self.modules)
-        if cfg.DATASET.NAME not in self.states:
-            self.states[cfg.DATASET.NAME] = HiddenStates(cfg, self.block)
-        set_random_seed(seed)
         kind = TRAINER_REGISTRY.get(method.trainer)
-        return type(kind.__name__, (CachedTower, kind), {"states": self.states[cfg.DATASET.NAME]})(cfg)
+        if self.block is not None:
+            self.states = self.states or HiddenStates(cfg, self.block)
+            kind = type(kind.__name__, (CachedTower, kind), {"states": self.states})
+        set_random_seed(seed)
+        return kind(cfg)
 
     @torch.no_grad()
     def _test(self, trainer) -> np.ndarray:

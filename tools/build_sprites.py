@@ -4,8 +4,9 @@
 
 ``DIR/<vendor>`` holds an unpacked ``@iconify-json/<vendor>`` package (``npm pack @iconify-json/noto`` and so on; with
 ``--download`` the script calls npm itself). Every concept that all nine vendors drew becomes a class, less the ones
-that no picture can name (flags, keycaps, clock faces, plain buttons), the expressions of the yellow face, heads beside a
-whole animal and names of more than two words. One lossless WebP sheet is written for each vendor, with the concepts in the order of ``concepts.json``.
+that no picture can name (flags, keycaps, clock faces, plain buttons), the expressions of the yellow face, heads
+beside a whole animal and names of more than two words. One lossless WebP sheet is written for each vendor, with the
+concepts in the order of ``concepts.json``.
 """
 
 import argparse
@@ -20,27 +21,28 @@ from pathlib import Path
 from PIL import Image
 
 VENDORS = (
-    "noto", "noto-v1", "twemoji", "openmoji", "fluent-emoji", "fluent-emoji-flat", "fxemoji", "emojione", "emojione-v1",
+    "noto", "noto-v1", "twemoji", "openmoji", "fluent-emoji", "fluent-emoji-flat", "fxemoji", "emojione",
+    "emojione-v1",
 )  # fmt: skip
 SPRITE = 64  # px
 COLUMNS = 32  # sprites in a row of a sheet
 
-# Signs whose drawing is a word, a number, a colour or an arrow, and variants that differ by skin tone, sex or phase only.
+# Signs whose drawing is a word, a number, a colour or an arrow; variants that differ by skin tone, sex or phase alone.
 UNNAMEABLE = re.compile(
     r"(^flag|flag$|keycap|oclock|thirty|button|arrow|square|circle|diamond|heart-suit|symbol|sign$|skin|"
-    r"input|japanese|chart-|^(aries|taurus|gemini|cancer|leo|virgo|libra|scorpio|sagittarius|capricorn|aquarius|pisces)|"
+    r"input|japanese|chart-|^(aries|taurus|gemini|cancer|leo|virgo|libra|scorpio|sagittarius|capricorn|aquarius|pisces)|"  # noqa: E501
     r"ophiuchus|mark$|medium|^heavy|^(black|white)-|wavy|curly|moon-face|gibbous|waning|waxing|quarter|"
     r"^(man|woman|men|women|person|people)-|-(man|woman|men|women)$|couple|family|kiss-|bars|trident|currency|"
     r"copyright|registered|trade|infinity|recycl|biohazard|radioactive|cyclone-|signal|vibration|mobile-phone-|no-|"
-    r"prohibited|underage|heart-with|(green|blue|yellow|purple|orange|brown|beating|growing|broken|sparkling|revolving)-heart|"
-    r"hearts$|right$|left$|dotted|part-|multipl|divide|plus|minus|record|reverse|fast-|play|pause|stop-|eject|repeat|shuffle|"
-    r"number|latin|top-|soon|-on$|back-|end-|^on|^up-|^down-|regional|hundred|zzz|index|backhand|ok-hand|-speaker|-volume|"
-    r"heart-decoration|bullseye-|transport-|litter|water-closet|restroom|customs|baggage-claim|left-luggage|passport-|atm|"
+    r"prohibited|underage|heart-with|(green|blue|yellow|purple|orange|brown|beating|growing|broken|sparkling|revolving)-heart|"  # noqa: E501
+    r"hearts$|right$|left$|dotted|part-|multipl|divide|plus|minus|record|reverse|fast-|play|pause|stop-|eject|repeat|shuffle|"  # noqa: E501
+    r"number|latin|top-|soon|-on$|back-|end-|^on|^up-|^down-|regional|hundred|zzz|index|backhand|ok-hand|-speaker|-volume|"  # noqa: E501
+    r"heart-decoration|bullseye-|transport-|litter|water-closet|restroom|customs|baggage-claim|left-luggage|passport-|atm|"  # noqa: E501
     r"mens-room|womens-room|baby-symbol|wheelchair|potable|children-crossing|non-|do-not|place-of|double-|triangular|"
     r"part|exclamation|question|om$|star-of|wheel-of|yin|cross$|peace|menorah|six-pointed|khanda)"
 )
 
-EXPRESSION = re.compile(r"-face(-|$)|^face-|^eyes$|^sparkle$|^tram-car$|^(blue|green|orange)-book$|^round-pushpin$|^old-key$")
+EXPRESSION = re.compile(r"-face(-|$)|^face-|^eyes$|^sparkle$|^tram-car$|^(blue|green|orange)-book$|^round-pushpin$|^old-key$")  # noqa: E501
 
 
 def read_package(folder: Path) -> dict[str, str]:
@@ -64,7 +66,7 @@ def read_package(folder: Path) -> dict[str, str]:
 
 
 def choose_concepts(packages: dict[str, dict], at_least: int) -> tuple[list[str], dict[str, str]]:
-    """Keys drawn by ``at_least`` vendors, one per drawing: where two keys share a drawing anywhere the shorter stays."""
+    """Keys drawn by ``at_least`` vendors, one per drawing: where two keys share a drawing anywhere the shorter stays."""  # noqa: E501
     count = Counter(key for icons in packages.values() for key in icons)
     hyphenated = defaultdict(Counter)
     for icons in packages.values():
@@ -111,7 +113,7 @@ def render(svg: str) -> Image.Image:
 def download(vendor: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(
-        ["npm", "pack", "--silent", f"@iconify-json/{vendor}"], cwd=folder, check=True, text=True, stdout=subprocess.PIPE
+        ["npm", "pack", "--silent", f"@iconify-json/{vendor}"], cwd=folder, check=True, text=True, stdout=subprocess.PIPE  # noqa: E501
     )
     with tarfile.open(folder / done.stdout.split()[-1]) as tar:
         for name in ("icons.json", "info.json"):
