@@ -17,8 +17,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from .bench_hosts import DTYPES, HOSTS, SHAPES, build_host, logits_of, shape_of, text_owner, upstream_logits
+from .bench_hosts import DTYPES, HOSTS, SHAPES, build_host, logits_of, shape_of, upstream_logits
 from .config import PRESETS, SpotlighterConfig
+from .prompting import normalize
 from .stopwatch import OUTSIDE, STAGES, alternate, peak_memory, stages
 from .wrapper import SpotlighterWrapper
 
@@ -91,7 +92,7 @@ class Bench:
     @torch.no_grad()
     def inference(self, upstream: bool = True, tick=lambda: None) -> list[dict]:
         """A record per setting, with the keys that `--json` writes; those of upstream are None if it is not timed."""
-        text = text_owner(self.host).text_features()  # (C, d)
+        text = self._kept_texts()
         legs = {"upstream": lambda: upstream_logits(self.host, self.images)} if upstream else {}
         legs["cached"] = lambda: logits_of(self.host, self.images, text)
         legs |= {number: partial(wrapper, self.images) for number, wrapper in enumerate(self.wrappers)}
@@ -139,7 +140,16 @@ class Bench:
     @torch.no_grad()
     def profile(self) -> list[dict[str, float]]:
         """Seconds of each stage of an inference pass, per setting."""
+        self._kept_texts()
         return [stages(wrapper, self.images, self.setting.runs, self.device) for wrapper in self.wrappers]
+
+    def _kept_texts(self):
+        """Texts (C, d) that were encoded before, random ones in their place; the wrappers keep them as their own."""
+        width = self.wrappers[0].adapter.dim
+        text = normalize(torch.randn(self.setting.classes, width, device=self.device)).to(self.host.dtype)
+        for wrapper in self.wrappers:
+            wrapper.plugin.cache["text"] = text
+        return text
 
     def _step(self, loss_of, wrapper):
         """One step of gradient descent on all that is trained, on a fresh copy: PromptKD knows its latest batch."""

@@ -121,19 +121,32 @@ class SpotlighterWrapper(nn.Module):
         self.plugin.cache.clear()
 
     def forward(self, images: Tensor, labels: Tensor | None = None, extras: dict | None = None):
-        raw_text = self._cached("text", self.adapter.encode_text, constant=not self.adapter.train_text)  # (C, d)
-        step = _Step(images, F.normalize(raw_text.float(), dim=-1), self.adapter.logit_scale.float())
+        raw_text, step = self._begin(images)
         if labels is not None:
             step.rows = self._rows()[self.adapter.assignment_labels(images, labels)]  # (B,)
-        with self.stream.selecting(lambda hidden: self._choose(hidden, step)) as stream:
-            image = self.adapter.encode_image(images)  # (B, d)
-            image = self._readout(image, stream.output, step.refined)
+        image = self._encode(step)  # (B, d)
         with torch.autocast(images.device.type, enabled=False):
             logits = self._logits(image, step.tokens, step)
             if labels is None:
                 return logits  # argmax_c of these is Eq. 16
             extras = {"images": images, "text": raw_text, **(extras or {})}
             return self._losses(image, logits, labels, step, extras)
+
+    @torch.no_grad()
+    def image_embeddings(self, images: Tensor) -> Tensor:
+        """v of images (B, 3, h, w) as classified without labels: (B, d), unit length."""
+        return F.normalize(self._encode(self._begin(images)[1]), dim=-1)
+
+    def _begin(self, images: Tensor) -> tuple[Tensor, _Step]:
+        """The texts' raw embeddings (C, d), and a batch that is about to enter the tower."""
+        raw_text = self._cached("text", self.adapter.encode_text, constant=not self.adapter.train_text)  # (C, d)
+        return raw_text, _Step(images, F.normalize(raw_text.float(), dim=-1), self.adapter.logit_scale.float())
+
+    def _encode(self, step: _Step) -> Tensor:
+        """One pass through the tower: v before normalization, (B, d)."""
+        with self.stream.selecting(lambda hidden: self._choose(hidden, step)) as stream:
+            image = self.adapter.encode_image(step.images)  # (B, d)
+            return self._readout(image, stream.output, step.refined)
 
     # ------------------------------------------------------------------------------------------------- inside the tower
 
