@@ -77,7 +77,6 @@ app.command("ablate", cls=sweep.ListOptions)(ablate.command)
 app.command("report")(report.command)
 app.command("bench")(bench.command)
 app.add_typer(visualize.app, name="visualize")
-app.add_typer(visualize.app, name="visualize")
 app.command("attach")(attach.command)
 app.command("run", context_settings={"ignore_unknown_options": True})(run_fork.command)
 
