@@ -19,10 +19,18 @@ from PIL import Image
 
 UPSTREAM = Path(os.environ.get("SPOTLIGHTER_UPSTREAM", "absent"))
 ROOT = Path(__file__).resolve().parent.parent
-CLASSES = {"banded": "red", "blotchy": "green", "cracked": "blue", "dotted": "yellow", "woven": "black", "zigzagged": "white"}
-SHORT_RUN = (
-    'DATASET.NUM_SHOTS 2 OPTIM.MAX_EPOCH 1 DATALOADER.TRAIN_X.BATCH_SIZE 4 DATALOADER.NUM_WORKERS 0 INPUT.SIZE (32,32)'
-).split()
+CLASSES = {
+    "banded": "red",
+    "blotchy": "green",
+    "cracked": "blue",
+    "dotted": "yellow",
+    "woven": "black",
+    "zigzagged": "white",
+}
+SHORT_RUN = [
+    *("DATASET.NUM_SHOTS", "2", "OPTIM.MAX_EPOCH", "1", "INPUT.SIZE", "(32, 32)"),
+    *("DATALOADER.TRAIN_X.BATCH_SIZE", "4", "DATALOADER.NUM_WORKERS", "0"),
+]
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,9 @@ class Fork:
 
 FORKS = {
     "CoOp": Fork("CoOp", "CoOp", "vit_b16", "CoOpSpotlighter"),
-    "MaPLe": Fork("multimodal-prompt-learning", "MaPLe", "vit_b16_c2_ep5_batch4_2ctx", "MaPLeSpotlighter", 512, 768, 512),
+    "MaPLe": Fork(
+        "multimodal-prompt-learning", "MaPLe", "vit_b16_c2_ep5_batch4_2ctx", "MaPLeSpotlighter", 512, 768, 512
+    ),
     "PromptKD": Fork("PromptKD", "PromptKD", "vit_b16_c2_ep20_batch8_4+4ctx", "PromptKDSpotlighter", 512),
     "CLIPFit": Fork("CLIPFit/CLIPFit", "ClipFit", "vit_b16_ep30", "CLIPFitSpotlighter"),
 }
@@ -56,7 +66,9 @@ def save_clip(path, embed, vision, text):
 def make(name, folder):
     """A copy of the fork in `folder`/fork, its weights where it looks for them, and a data set in `folder`/data."""
     fork, copy = FORKS[name], folder / "fork"
-    shutil.copytree(UPSTREAM / fork.folder, copy, ignore=shutil.ignore_patterns(".git", "*.png", "*.jpg", "Dassl.pytorch"))
+    shutil.copytree(
+        UPSTREAM / fork.folder, copy, ignore=shutil.ignore_patterns(".git", "*.png", "*.jpg", "Dassl.pytorch")
+    )
     save_clip(folder / "clip.pt", fork.embed, fork.vision, fork.text)
     if name == "PromptKD":
         shutil.move(folder / "clip.pt", copy / "clip/ViT-B-16.pt")

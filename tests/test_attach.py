@@ -7,9 +7,11 @@ import contextlib
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from fork_kit import FORKS, UPSTREAM
 
 from spotlighter_plugin import attach
@@ -51,7 +53,9 @@ def fork(request, tmp_path):
     checkout = UPSTREAM / FORKS[request.param].folder
     if not checkout.is_dir():
         return request.param, miniature(tmp_path / "fork", request.param)
-    few = shutil.ignore_patterns("clip", "datasets", "docs", "images", "interpret*", "lpclip", "scripts", "Dassl*", ".git")
+    few = shutil.ignore_patterns(
+        "clip", "datasets", "docs", "images", "interpret*", "lpclip", "scripts", "Dassl*", ".git"
+    )
     return request.param, Path(shutil.copytree(checkout, tmp_path / "fork", ignore=few))
 
 
@@ -80,7 +84,10 @@ def test_attaching_copies_trainer_and_config_and_adds_only_its_own_lines(fork, c
     before = contents(folder)
     said = run(capsys, folder)
     after = contents(folder)
-    copied = [folder / f"trainers/{host.lower()}_spotlighter.py", folder / f"configs/trainers/{host}Spotlighter/vit_b16.yaml"]
+    copied = [
+        folder / f"trainers/{host.lower()}_spotlighter.py",
+        folder / f"configs/trainers/{host}Spotlighter/vit_b16.yaml",
+    ]
     assert {path for path in after if path.is_file()} - before.keys() == set(copied)
     for path in copied:
         assert path.read_bytes() == (ROOT / path.relative_to(folder)).read_bytes()
@@ -101,7 +108,9 @@ def test_the_added_lines_stand_where_they_work(fork, capsys):
     host, folder = fork
     run(capsys, folder)
     lines = (folder / "train.py").read_text().splitlines()
-    assert lines.index("import spotlighter_plugin.config") < min(i for i, x in enumerate(lines) if x.startswith("from dassl"))
+    assert lines.index("import spotlighter_plugin.config") < min(
+        i for i, x in enumerate(lines) if x.startswith("from dassl")
+    )
     last = max(i for i, line in enumerate(lines) if line.startswith("import trainers."))
     assert lines[last] == f"import trainers.{host.lower()}_spotlighter"
     assert lines[lines.index("    spotlighter_plugin.config.extend_cfg(cfg)") - 1] == "    extend_cfg(cfg)"
@@ -121,7 +130,9 @@ def test_detaching_restores_every_byte_and_permission(fork, capsys):
 def test_windows_line_ends_and_foreign_bytes_survive(tmp_path, capsys):
     folder = miniature(tmp_path / "fork", "CoOp", "\r\n")
     script = folder / "train.py"
-    script.write_bytes(script.read_bytes().replace(b"import torch", b"import torch  # \xe9t\xe9".replace(b"\xe9", b"\xc3\xa9")))
+    script.write_bytes(
+        script.read_bytes().replace(b"import torch", b"import torch  # \xe9t\xe9".replace(b"\xe9", b"\xc3\xa9"))
+    )
     before = contents(folder)
     run(capsys, folder)
     assert script.read_bytes().count(b"\r\n") == script.read_bytes().count(b"\n")
@@ -256,3 +267,49 @@ def test_a_read_only_fork_is_refused_in_one_line(tmp_path):
         attach.command(folder)
     for place in places:
         place.chmod(0o755)
+
+
+REPORTING = """import torch
+from dassl.config import get_cfg_default
+from dassl.engine import TRAINER_REGISTRY
+import trainers.coop
+
+
+def extend_cfg(cfg):
+    cfg.TRAINER.COOP = True
+
+
+def setup_cfg():
+    cfg = get_cfg_default()
+    extend_cfg(cfg)
+    return cfg
+
+
+if __name__ == "__main__":
+    import sys
+
+    trainer, where = TRAINER_REGISTRY.get("CoOpSpotlighter"), torch.ones(1).cuda().half()
+    print(sys.argv, [base.__name__ for base in trainer.__bases__], setup_cfg().TRAINER.SPOTLIGHTER.PRESET, where.device)
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU, .cuda() means it")
+def test_run_and_attach_give_the_fork_our_trainer_and_its_options_on_a_cpu(tmp_path, capsys):
+    folder = miniature(tmp_path / "fork", "CoOp")
+    (folder / "train.py").write_text(REPORTING)
+    trainer = folder / "trainers/coop.py"
+    trainer.write_text("from dassl.engine import TRAINER_REGISTRY, TrainerX\n" + trainer.read_text())
+    before = contents(folder)
+    expected = "['train.py', '--seed', '1'] ['SpotlighterTrainerMixin', 'CoOp'] default cpu\n"
+
+    def out(*command):
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        command = [sys.executable, "-B", *command, "train.py", "--seed", "1"]
+        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert out("-m", "spotlighter_plugin.run_fork") == expected
+    assert contents(folder) == before
+    run(capsys, folder)
+    assert out() == expected

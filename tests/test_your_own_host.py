@@ -1,4 +1,4 @@
-"""A host that nobody foresaw: a plain CLIP with class names, and an adapter of the user's own (docs/your_own_host.md)."""
+"""A host that nobody foresaw: a plain CLIP with class names, an adapter of the user's own (docs/your_own_host.md)."""
 
 import re
 from pathlib import Path
