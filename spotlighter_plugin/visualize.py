@@ -62,17 +62,10 @@ def load_run(folder: Path, epoch: int | None = None, root: Path | None = None):
 
 
 def plain_model(backbone: str, config: SpotlighterConfig, class_names: list[str], device) -> SpotlighterWrapper:
-    """Zero-shot CLIP ("a photo of a …") with Spotlighter around it, untrained."""
-    from dassl.config import get_cfg_default
-
-    modules = {module.__name__: module for module in import_trainers_and_datasets()}
-    coop, cfg = modules["trainers.coop"], get_cfg_default()
-    coop.extend_cfg(cfg)
-    cfg.TRAINER.COOP.CTX_INIT = "a photo of a"
+    """Zero-shot CLIP with Spotlighter around it, untrained."""
     clip_model = load_clip(backbone, device).requires_grad_(False)
     require_vision_transformer(clip_model, backbone)
-    host = coop.CustomCLIP(cfg, class_names, clip_model)
-    return SpotlighterWrapper(host.to(device), config, class_names=class_names).eval()
+    return SpotlighterWrapper(clip_model, config, class_names=class_names).eval()
 
 
 def _build(cfg):
