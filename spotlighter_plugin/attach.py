@@ -261,8 +261,8 @@ def command(
             continue
         print(f"  {'removed from' if detach else 'added to'} train.py")
         for insertion in host.insertions:
-            place = f"  (the {insertion.where} line that matches {insertion.anchor})".replace("the before", "before")
-            print("\n".join(f"    {'-' if detach else '+'} {line}" for line in insertion.lines) + place * (not detach))
+            place = "" if detach else f"  ({insertion.where} line that matches {insertion.anchor})"
+            print("\n".join(f"    {'-' if detach else '+'} {line}" for line in insertion.lines) + place)
     for line in left:
         print(f"  left as it is: {line}")
     if not changes:
