@@ -6,6 +6,7 @@ its numbers are the plain trainer's up to the half precision in which states are
 """
 
 import torch
+from clip.model import VisionTransformer
 from dassl.data.transforms import build_transform
 from dassl.utils import read_image
 from rich.progress import track
@@ -94,17 +95,20 @@ class CachedTower:
 
     def build_model(self):
         super().build_model()
-        host = getattr(self.model, "host", self.model)
-        keep_tail(getattr(host, "image_encoder", None) or host.visual, self.states.block)
+        model = getattr(self, "model", None) or self.clip_model  # zero-shot CLIP has no model of its own
+        vision = next(module for module in model.modules() if isinstance(module, VisionTransformer))
+        optims = [optim for optim in self._optims.values() if optim is not None]
+        trained = {id(p) for optim in optims for group in optim.param_groups for p in group["params"]}
+        skipped = [vision.conv1, vision.ln_pre, *vision.transformer.resblocks[: self.states.block]]
+        if any(id(p) in trained for module in skipped for p in module.parameters()):
+            raise ValueError(f"{type(self).__name__} trains blocks before {self.states.block}: its states change")
+        keep_tail(vision, self.states.block)
 
 
 def keep_tail(vision: nn.Module, block: int) -> None:
-    """Let a frozen vision tower start at ``block``: its input is now hidden states (B, 1+N, w)."""
-    blocks = vision.transformer.resblocks
-    if any(p.requires_grad for p in [*blocks[:block].parameters(), *vision.conv1.parameters()]):
-        raise ValueError(f"blocks before {block} are trained: their hidden states cannot be kept")
+    """Let a vision tower start at ``block``: its input is now hidden states (B, 1+N, w)."""
     for i in range(block):
-        blocks[i] = nn.Identity()
+        vision.transformer.resblocks[i] = nn.Identity()
 
     def forward(hidden: Tensor) -> Tensor:
         output = vision.transformer(hidden.permute(1, 0, 2))  # (1+N, B, w)

@@ -13,6 +13,8 @@ import torch
 from .settings import import_trainers_and_datasets, parse, setup_cfg
 from .training import set_random_seed
 
+FAMILY = [f"configs/datasets/emoji_scenes{part}.yaml" for part in ("", "_pixel", "_dark", "_swap", "_shift")]
+
 
 @dataclass
 class Method:

@@ -1,0 +1,75 @@
+"""The control rows of the evidence table: what simple means without token selection reach. Registered on import."""
+
+import torch
+import torch.nn.functional as F
+from dassl.engine import TRAINER_REGISTRY
+from torch import nn
+
+from spotlighter_plugin.prompting import normalize
+from trainers.coop import CoOp, CustomCLIP
+
+
+class ResidualCLIP(CustomCLIP):
+    """CoOp's model with a residual d × d on its text embeddings, starting at zero: Eq. 11 without any token."""
+
+    alpha = 0.2
+
+    def __init__(self, cfg, class_names, clip_model):
+        super().__init__(cfg, class_names, clip_model)
+        dim = clip_model.text_projection.shape[1]
+        self.prompt_learner.residual = nn.Linear(dim, dim)  # saved with the prompts
+        nn.init.zeros_(self.prompt_learner.residual.weight)
+        nn.init.zeros_(self.prompt_learner.residual.bias)
+
+    def encode_text(self):
+        text = normalize(super().encode_text())  # (C, d)
+        return text + self.alpha * self.prompt_learner.residual(text)
+
+
+@TRAINER_REGISTRY.register()
+class CoOpTextResidual(CoOp):
+    """CoOp with a trained residual on its text embeddings."""
+
+    def make_model(self, clip_model, class_names):
+        return ResidualCLIP(self.cfg, class_names, clip_model)
+
+
+@TRAINER_REGISTRY.register()
+class CoOpCache(CoOp):
+    """CoOp with a few-shot cache of CLS features (Tip-Adapter): the shots' features vote for their classes.
+
+    Weight and sharpness are chosen on the validation split. The cache lives as long as the trainer; a model for other
+    classes has none and keeps CoOp's logits.
+    """
+
+    cache = None
+    weights = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+    sharpnesses = (1.0, 3.0, 5.5, 10.0, 20.0)
+
+    @torch.no_grad()
+    def after_train(self):
+        super().after_train()
+        self.set_model_mode("eval")
+        keys, votes = zip(*[self._features(batch) for batch in self.train_loader_x], strict=True)
+        keys, votes = torch.cat(keys), F.one_hot(torch.cat(votes), self.num_classes).float()  # (n, d), (n, C)
+        seen = [(self._features(batch), self.model(batch["img"])) for batch in self.val_loader]
+        values, labels, logits = (torch.cat(part) for part in zip(*[(f, y, z) for (f, y), z in seen], strict=True))
+        best = -1.0
+        for sharpness in self.sharpnesses:
+            match = (-sharpness * (1 - values @ keys.T)).exp() @ votes  # (n of val, C)
+            for weight in self.weights:
+                accuracy = (logits + weight * match).argmax(1).eq(labels).float().mean().item()
+                if accuracy > best:
+                    best, self.cache = accuracy, (keys, votes, weight, sharpness)
+
+    def _features(self, batch):
+        images, labels = self.parse_batch_test(batch)
+        return normalize(self.model.encode_image(images)), labels
+
+    def model_inference(self, images):
+        logits = self.model(images)
+        if self.cache is None:
+            return logits
+        keys, votes, weight, sharpness = self.cache
+        features = normalize(self.model.encode_image(images))  # (B, d)
+        return logits + weight * (-sharpness * (1 - features @ keys.T)).exp() @ votes

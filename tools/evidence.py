@@ -1,0 +1,129 @@
+"""The evidence table: CoOp, the controls and Spotlighter, base-to-new on the EmojiScenes family, with paired intervals.
+
+    python tools/evidence.py --out docs/evidence            every row, five data sets, three seeds
+    python tools/evidence.py --out docs/evidence --choose   how the host's length and rate were chosen (validation only)
+
+Every finished run is kept in the output folder, so a killed command goes on where it was.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rich.console import Console  # noqa: E402
+from rich.progress import track  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+from spotlighter_plugin.experiment import FAMILY, Laboratory, Method, Outcome, paired_interval  # noqa: E402
+
+COMMON = {
+    "OPTIM.NAME": "sgd", "OPTIM.LR_SCHEDULER": "cosine", "OPTIM.WARMUP_EPOCH": 1, "OPTIM.WARMUP_TYPE": "constant",
+    "OPTIM.WARMUP_CONS_LR": 1e-5, "DATALOADER.TRAIN_X.BATCH_SIZE": 64, "DATALOADER.NUM_WORKERS": 0,
+    "TRAINER.COOP.CTX_INIT": "a photo of a", "TRAINER.COOP.PREC": "fp32", "TRAIN.PRINT_FREQ": 1000,
+}  # fmt: skip
+HOST = {**COMMON, "OPTIM.LR": 0.02, "OPTIM.MAX_EPOCH": 10}  # chosen with --choose
+BARE = {
+    "TRAINER.SPOTLIGHTER.TOP_K": 144, "TRAINER.SPOTLIGHTER.MAPPING": "none",
+    "TRAINER.SPOTLIGHTER.PROTOTYPE_LOGITS": False, "TRAINER.SPOTLIGHTER.LOSSES": "('reg_text',)",
+}  # fmt: skip
+HOST_ROW, LONG_ROW, OURS = "CoOp", "CoOp, 50 epochs", "Spotlighter"
+CONTROLS = ("CoOp + L_reg_text", "CoOp + text residual", "CoOp + cache of CLS", "Spotlighter, random tokens")
+METHODS = [
+    Method("zero-shot CLIP", "ZeroshotCLIP"),
+    Method(HOST_ROW, "CoOp", HOST),
+    Method(LONG_ROW, "CoOp", {**HOST, "OPTIM.MAX_EPOCH": 50}),
+    Method(CONTROLS[0], "CoOpSpotlighter", {**HOST, **BARE}),
+    Method(CONTROLS[1], "CoOpTextResidual", HOST),
+    Method(CONTROLS[2], "CoOpCache", HOST),
+    Method(CONTROLS[3], "CoOpSpotlighter", {**HOST, "TRAINER.SPOTLIGHTER.ACTIVATION": "random"}),
+    Method(OURS, "CoOpSpotlighter", HOST),
+]
+CANDIDATES = [(rate, epochs) for rate in (0.005, 0.02, 0.05) for epochs in (5, 15, 50)]
+
+
+def cell(folder: Path, dataset: str, method: Method, seed: int) -> Path:
+    return folder / f"{Path(dataset).stem}-{method.name.replace(' ', '_').replace(',', '')}-seed{seed}.npz"
+
+
+def run_all(methods, datasets, seeds, folder: Path, root: str, classes=("base", "new")) -> None:
+    """Run every cell that the folder does not hold yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for dataset in datasets:
+        todo = [(m, s) for s in seeds for m in methods if not cell(folder, dataset, m, s).exists()]
+        laboratory = Laboratory(dataset, root, classes=classes) if todo else None
+        for method, seed in track(todo, Path(dataset).stem):
+            outcome = laboratory.run(method, seed)
+            aside = folder / f".{os.getpid()}.npz"
+            np.savez_compressed(aside, parameters=outcome.parameters, seconds=outcome.seconds, **outcome.correct)
+            os.replace(aside, cell(folder, dataset, method, seed))
+            print(f"{Path(dataset).stem} seed {seed} {method.name}: {outcome.harmonic_mean:.1f}", flush=True)
+
+
+def read(folder: Path, dataset: str, method: Method, seed: int) -> Outcome:
+    with np.load(cell(folder, dataset, method, seed)) as data:
+        correct = {part: data[part] for part in ("base", "new")}
+        return Outcome(correct, int(data["parameters"]), float(data["seconds"]))
+
+
+def show(methods, datasets, seeds, folder: Path) -> dict:
+    """Print the table of means over seeds and the paired differences; returns both."""
+    outcomes = {m.name: [read(folder, d, m, s) for d in datasets for s in seeds] for m in methods}
+    n = len(seeds)
+    short = [Path(d).stem.replace("emoji_scenes", "").strip("_") or "clean" for d in datasets]
+    table = Table("method", *(f"{name}\nbase / new / HM" for name in [*short, "average"]), "± seeds", "trained")
+    rows = {}
+    for method in methods:
+        every = outcomes[method.name]
+        figures = np.array([[o.accuracy("base"), o.accuracy("new"), o.harmonic_mean] for o in every])
+        figures = figures.reshape(len(datasets), n, 3)
+        spread = figures[..., 2].mean(0).std(ddof=1) if n > 1 else 0.0
+        means = [*figures.mean(1), figures.mean((0, 1))]
+        rows[method.name] = {
+            "HM per seed": figures[..., 2].mean(0).round(2).tolist(), "parameters": every[0].parameters,
+            **{name: dict(zip(("base", "new", "HM"), m.round(2).tolist(), strict=True))
+               for name, m in zip([*short, "average"], means, strict=True)},
+        }  # fmt: skip
+        cells = [" / ".join(f"{x:.1f}" for x in m) for m in means]
+        table.add_row(method.name, *cells, f"{spread:.2f}", f"{every[0].parameters:,}")
+    Console(width=200).print(table)
+    differences = {}
+    for other in (HOST_ROW, *CONTROLS):
+        if OURS in outcomes and other in outcomes:
+            differences[other] = mean, low, high = paired_interval(outcomes[OURS], outcomes[other])
+            print(f"{OURS} minus {other}: {mean:+.2f} HM (95 % interval {low:+.2f} to {high:+.2f})")
+    return {"rows": rows, "differences": differences}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of finished runs and table.json")
+    parser.add_argument("--root", default="data")
+    parser.add_argument("--datasets", nargs="+", default=FAMILY)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--rows", nargs="+", choices=[m.name for m in METHODS], help="rows to run (default: all)")
+    parser.add_argument("--choose", action="store_true", help="compare rates and lengths of CoOp on validation alone")
+    args = parser.parse_args()
+    import controls  # noqa: F401  (registers the control trainers)
+
+    methods, folder, classes = [m for m in METHODS if not args.rows or m.name in args.rows], args.out, ("base", "new")
+    if args.choose:
+        methods = [
+            Method(f"CoOp {rate} {epochs}", "CoOp", {**COMMON, "OPTIM.LR": rate, "OPTIM.MAX_EPOCH": epochs})
+            for rate, epochs in CANDIDATES
+        ]
+        folder, classes = folder / "choose", ("inner-base", "inner-new")
+    run_all(methods, args.datasets, args.seeds, folder, args.root, classes)
+    result = show(methods, args.datasets, args.seeds, folder)
+    aside = folder / "table.tmp"
+    aside.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(aside, folder / "table.json")
+
+
+if __name__ == "__main__":
+    main()
