@@ -1,0 +1,83 @@
+"""Experiments on cached hidden states: the same figures as plain training, and honest intervals."""
+
+import contextlib
+import io
+
+import numpy as np
+import pytest
+import torch
+
+from datasets import emoji_render, emoji_scenes
+from spotlighter_plugin.cached import HiddenStates
+from spotlighter_plugin.experiment import Laboratory, Method, Outcome, harmonic_mean, paired_interval
+
+DATASET = "configs/datasets/emoji_scenes.yaml"
+SHORT = {
+    "DATASET.NUM_SHOTS": 2, "OPTIM.MAX_EPOCH": 2, "OPTIM.LR": 0.02, "DATALOADER.TRAIN_X.BATCH_SIZE": 4,
+    "DATALOADER.NUM_WORKERS": 0, "TRAINER.COOP.CTX_INIT": "a photo of a",
+}  # fmt: skip
+
+
+@pytest.fixture
+def few_scenes(monkeypatch):
+    monkeypatch.setattr(emoji_scenes, "concepts", lambda: emoji_render.concepts()[:6])
+    monkeypatch.setattr(emoji_scenes, "TEST_SCENES", 2)
+    monkeypatch.setattr(emoji_scenes, "VAL_SCENES", 1)
+
+
+def outcome(base, new):
+    return Outcome({"base": np.array(base, bool), "new": np.array(new, bool)}, 0, 0.0)
+
+
+@pytest.mark.parametrize(("name", "options"), [("CoOp", {}), ("CoOpSpotlighter", {"TRAINER.SPOTLIGHTER.TOP_K": 36})])
+def test_cached_states_give_the_logits_of_whole_images(tmp_path, few_scenes, name, options):
+    method = Method(name, name, {**SHORT, **options})
+    logits = {}
+    for block in (-1, None):
+        with contextlib.redirect_stdout(io.StringIO()):
+            trainer = Laboratory(DATASET, str(tmp_path), block).trainer(method, 1, "base", str(tmp_path / f"{block}"))
+        trainer.set_model_mode("eval")
+        with torch.no_grad():
+            logits[block] = trainer.model_inference(next(iter(trainer.test_loader))["img"])
+    assert torch.allclose(logits[-1], logits[None], atol=0.05)
+    assert logits[-1].std() > 0.05
+
+
+def test_an_experiment_tests_every_image_of_both_halves(tmp_path, few_scenes):
+    result = Laboratory(DATASET, str(tmp_path)).run(Method("CoOp", "CoOp", SHORT), 1)
+    assert {part: len(right) for part, right in result.correct.items()} == {"base": 6, "new": 6}
+    assert result.parameters == 4 * 128
+
+
+def test_the_same_seed_gives_the_same_experiment_twice(tmp_path, few_scenes):
+    method = Method("CoOpSpotlighter", "CoOpSpotlighter", SHORT)
+    first, again = (Laboratory(DATASET, str(tmp_path)).run(method, 1) for _ in range(2))
+    for part in ("base", "new"):
+        assert np.array_equal(first.correct[part], again.correct[part])
+
+
+def test_states_of_augmented_images_are_refused_in_one_line():
+    from spotlighter_plugin.settings import import_trainers_and_datasets, parse, setup_cfg
+
+    flags = ["--trainer", "CoOp", "--dataset-config-file", DATASET, "--transforms", "random_flip", "normalize"]
+    with pytest.raises(ValueError, match="INPUT.TRANSFORMS.*cannot be kept"):
+        HiddenStates(setup_cfg(parse(flags), import_trainers_and_datasets()), -1)
+
+
+def test_the_harmonic_mean_is_that_of_both_halves():
+    assert harmonic_mean(80, 60) == pytest.approx(2 / (1 / 80 + 1 / 60))
+    assert harmonic_mean(0, 0) == 0
+
+
+def test_a_paired_interval_is_tight_where_methods_agree_image_by_image():
+    rng = np.random.default_rng(0)
+    base, new = rng.random(500) < 0.6, rng.random(500) < 0.5
+    better = base.copy()
+    better[:10] = True
+    same = paired_interval([outcome(base, new)], [outcome(base, new)])
+    assert same == (0, 0, 0)
+    mean, low, high = paired_interval([outcome(better, new)], [outcome(base, new)])
+    assert low <= mean <= high and 0 < mean < 2
+    unpaired = outcome(rng.permutation(base), rng.permutation(new))
+    _, wide_low, wide_high = paired_interval([outcome(better, new)], [unpaired])
+    assert wide_high - wide_low > 2 * (high - low)
