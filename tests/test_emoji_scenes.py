@@ -9,14 +9,9 @@ from yacs.config import CfgNode
 from datasets import emoji_render, emoji_scenes
 
 
-def cfg(root, shots=2, classes="base", seed=1):
-    return CfgNode(
-        {
-            "DATASET": {"ROOT": str(root), "NUM_SHOTS": shots, "SUBSAMPLE_CLASSES": classes},
-            "SEED": seed,
-            "VERBOSE": False,
-        }
-    )
+def cfg(root, shots=2, classes="base", seed=1, trainer="CoOp"):
+    dataset = {"ROOT": str(root), "NUM_SHOTS": shots, "SUBSAMPLE_CLASSES": classes}
+    return CfgNode({"DATASET": dataset, "TRAINER": {"NAME": trainer, "MODAL": "base2novel"}, "SEED": seed})
 
 
 @pytest.fixture
@@ -100,3 +95,10 @@ def test_the_shift_tests_a_vendor_that_neither_shots_nor_validation_show(tmp_pat
 def test_an_impossible_choice_is_one_clear_line(tmp_path, options, line):
     with pytest.raises(ValueError, match=line):
         emoji_scenes.EmojiScenes(cfg(tmp_path, **options))
+
+
+def test_promptkd_trains_on_all_classes_and_tests_base_and_new_in_one_run(tmp_path, few_scenes):
+    data = emoji_scenes.EmojiScenes(cfg(tmp_path, trainer="PromptKD"))
+    assert {item.classname for item in data.train_x} == set(emoji_render.concepts()[:5])
+    assert {item.classname for item in data.val} == set(emoji_render.concepts()[:3])
+    assert {item.classname for item in data.test} == set(emoji_render.concepts()[3:5])
