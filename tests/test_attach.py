@@ -269,9 +269,8 @@ def test_a_read_only_fork_is_refused_in_one_line(tmp_path):
         place.chmod(0o755)
 
 
-REPORTING = """import torch
+SCRIPT = """import torch
 from dassl.config import get_cfg_default
-from dassl.engine import TRAINER_REGISTRY
 import trainers.coop
 
 
@@ -286,17 +285,27 @@ def setup_cfg():
 
 
 if __name__ == "__main__":
-    import sys
+    import report
 
-    trainer, where = TRAINER_REGISTRY.get("CoOpSpotlighter"), torch.ones(1).cuda().half()
-    print(sys.argv, [base.__name__ for base in trainer.__bases__], setup_cfg().TRAINER.SPOTLIGHTER.PRESET, where.device)
+    report.report(setup_cfg())
+"""
+REPORT = """import sys
+
+import torch
+from dassl.engine import TRAINER_REGISTRY
+
+
+def report(cfg):
+    bases = [base.__name__ for base in TRAINER_REGISTRY.get("CoOpSpotlighter").__bases__]
+    print(sys.argv, bases, cfg.TRAINER.SPOTLIGHTER.PRESET, torch.ones(1).cuda().half().device)
 """
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU, .cuda() means it")
 def test_run_and_attach_give_the_fork_our_trainer_and_its_options_on_a_cpu(tmp_path, capsys):
     folder = miniature(tmp_path / "fork", "CoOp")
-    (folder / "train.py").write_text(REPORTING)
+    (folder / "train.py").write_text(SCRIPT)
+    (folder / "report.py").write_text(REPORT)
     trainer = folder / "trainers/coop.py"
     trainer.write_text("from dassl.engine import TRAINER_REGISTRY, TrainerX\n" + trainer.read_text())
     before = contents(folder)
