@@ -85,13 +85,16 @@ class CachedTower:
     """Put in front of a trainer: ``type("Fast", (CachedTower, CoOp), {"states": HiddenStates(cfg, 5)})``."""
 
     states: HiddenStates
+    thin = 1  # every thin-th test image is looked at
 
     def build_data_loader(self):
         super().build_data_loader()
         dm, loaders = self.dm, self.cfg.DATALOADER
         self.train_loader_x = CachedLoader(self.states, dm.dataset.train_x, loaders.TRAIN_X.BATCH_SIZE, True)
-        self.val_loader = CachedLoader(self.states, dm.dataset.val, loaders.TEST.BATCH_SIZE, False)
-        self.test_loader = CachedLoader(self.states, dm.dataset.test, loaders.TEST.BATCH_SIZE, False)
+        self.val_loader = (
+            None if self.thin > 1 else CachedLoader(self.states, dm.dataset.val, loaders.TEST.BATCH_SIZE, False)
+        )
+        self.test_loader = CachedLoader(self.states, dm.dataset.test[:: self.thin], loaders.TEST.BATCH_SIZE, False)
 
     def build_model(self):
         super().build_model()

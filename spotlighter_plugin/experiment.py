@@ -60,11 +60,12 @@ class Laboratory:
         dataset: path of the data set's configuration file.
         root: folder of the data sets.
         block: block at which runs start, at most the methods' SELECT_BLOCK; None for whole towers and images.
+        thin: look at every thin-th test image only, for a quick look; validation is left out then.
         classes: the parts that are trained on and tested; ("inner-base", "inner-new") to choose options.
     """
 
-    def __init__(self, dataset: str, root: str = "data", block: int | None = -1, classes=("base", "new")):
-        self.dataset, self.root, self.block, self.classes = dataset, root, block, classes
+    def __init__(self, dataset: str, root: str = "data", block: int | None = -1, classes=("base", "new"), thin=1):
+        self.dataset, self.root, self.block, self.classes, self.thin = dataset, root, block, classes, thin
         self.states = None
         self.modules = import_trainers_and_datasets()
 
@@ -103,7 +104,7 @@ class Laboratory:
         kind = TRAINER_REGISTRY.get(method.trainer)
         if self.block is not None:
             self.states = self.states or HiddenStates(cfg, self.block)
-            kind = type(kind.__name__, (CachedTower, kind), {"states": self.states})
+            kind = type(kind.__name__, (CachedTower, kind), {"states": self.states, "thin": self.thin})
         set_random_seed(seed)
         return kind(cfg)
 

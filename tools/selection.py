@@ -35,9 +35,9 @@ def accuracy(wrapper, loader) -> float:
     return 100 * np.mean(np.concatenate([(wrapper(b["img"]).argmax(1) == b["label"]).numpy() for b in loader]))
 
 
-def harmonic_means(dataset: str, root: str, block: int, kept: list[int]) -> dict[str, float]:
+def harmonic_means(dataset: str, root: str, block: int, kept: list[int], thin: int) -> dict[str, float]:
     """{"attention 36": HM, …} of one data set."""
-    laboratory, result = Laboratory(dataset, root, block), {}
+    laboratory, result = Laboratory(dataset, root, block, thin=thin), {}
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         base, new = (laboratory.trainer(ZERO_SHOT, 1, part, folder) for part in ("base", "new"))
     for activation in ACTIVATIONS:
@@ -73,9 +73,10 @@ def main():
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     parser.add_argument("--block", type=int, default=-1, help="tokens are selected before this block")
     parser.add_argument("--kept", type=int, nargs="+", default=[8, 16, 36, 72, 144], help="the last must be all tokens")
+    parser.add_argument("--thin", type=int, default=1, help="look at every n-th test scene only")
     parser.add_argument("--datasets", nargs="+", default=FAMILY, help="configuration files")
     args = parser.parse_args()
-    every = {Path(d).stem: harmonic_means(d, args.root, args.block, args.kept) for d in args.datasets}
+    every = {Path(d).stem: harmonic_means(d, args.root, args.block, args.kept, args.thin) for d in args.datasets}
     mean = {row: float(np.mean([results[row] for results in every.values()])) for row in next(iter(every.values()))}
     table = Table("score", *(f"k = {k}" for k in args.kept), title="zero-shot HM, mean over the data sets")
     for row in dict.fromkeys(name.rsplit(" ", 1)[0] for name in mean):
