@@ -26,7 +26,7 @@ THIN = 3  # every third test scene
 def run(root: str = "data", seed: int = 1) -> None:
     """Train and test every method on one seed, time them alternately, and print one table."""
     console = Console()
-    console.print("EmojiScenes, tiny CLIP, 16 shots, seed", seed, "(every third test scene; scenes are drawn on the first run)")
+    console.print(f"EmojiScenes, tiny CLIP, 16 shots, seed {seed}, every third test scene (drawn on the first run)")
     laboratory = Laboratory(DATASET, root, thin=THIN)
     outcomes = {}
     for method in METHODS:
