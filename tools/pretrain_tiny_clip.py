@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -219,6 +220,7 @@ def main():
     parser.add_argument("--sprites", type=Path, required=True, help="folder made by build_sprites.py, all nine vendors")
     parser.add_argument("--work", type=Path, required=True, help="folder for the resumable state")
     parser.add_argument("--out", type=Path, required=True, help="safetensors file to write at the end")
+    parser.add_argument("--init", type=Path, help="start from this file's weights instead of random ones")
     parser.add_argument("--images", type=int, default=190_000, help="scenes to train on")
     parser.add_argument("--lr", type=float, default=1.5e-3, help="of AdamW, for all but the blocks' matrices")
     parser.add_argument("--muon-lr", type=float, default=0.012, help="of Muon, for the blocks' matrices")
@@ -236,6 +238,11 @@ def main():
     vocabulary = Vocabulary(names)
     model = clip.model.CLIP(vocab_size=len(vocabulary.ids), **MODEL).float()
     nn.init.trunc_normal_(model.visual.positional_embedding, std=0.1)
+    if args.init:
+        weights = safetensors.torch.load_file(args.init)
+        if not torch.equal(weights.pop("token_embedding.rows"), vocabulary.ids):
+            raise ValueError(f"--init {args.init} has another vocabulary: its captions used other words")
+        model.load_state_dict({name: weights[name].float() for name in model.state_dict()})
     classifier = nn.Linear(MODEL["embed_dim"], len(names))
     params = [*model.parameters(), *classifier.parameters()]
     hidden = [p for m in (model.visual.transformer, model.transformer) for p in m.parameters() if p.ndim == 2]
