@@ -148,7 +148,7 @@ class Bench:
         width = self.wrappers[0].adapter.dim
         text = normalize(torch.randn(self.setting.classes, width, device=self.device)).to(self.host.dtype)
         for wrapper in self.wrappers:
-            wrapper.plugin.cache["text"] = text
+            wrapper.plugin.cache["raw text"] = text
         return text
 
     def _step(self, loss_of, wrapper):

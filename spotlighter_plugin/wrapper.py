@@ -139,8 +139,10 @@ class SpotlighterWrapper(nn.Module):
 
     def _begin(self, images: Tensor) -> tuple[Tensor, _Step]:
         """The texts' raw embeddings (C, d), and a batch that is about to enter the tower."""
-        raw_text = self._cached("text", self.adapter.encode_text, constant=not self.adapter.train_text)  # (C, d)
-        return raw_text, _Step(images, F.normalize(raw_text.float(), dim=-1), self.adapter.logit_scale.float())
+        constant = not self.adapter.train_text
+        raw_text = self._cached("raw text", self.adapter.encode_text, constant)  # (C, d)
+        text = self._cached("text", lambda: F.normalize(raw_text.float(), dim=-1), constant)  # (C, d)
+        return raw_text, _Step(images, text, self.adapter.logit_scale.float())
 
     def _encode(self, step: _Step) -> Tensor:
         """One pass through the tower: v before normalization, (B, d)."""
