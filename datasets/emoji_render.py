@@ -106,7 +106,7 @@ def apply_domain(image: np.ndarray, domain: str, rng) -> np.ndarray:
         return image[..., [1, 2, 0]]
     x = image.astype(np.float32)
     if domain == "dark":
-        x = x * 0.22 + (rng.random((SIZE, SIZE, 1)).astype(np.float32) - 0.5) * 24
+        x = x * 0.35 + (rng.random((SIZE, SIZE, 1)).astype(np.float32) - 0.5) * 24
     elif domain == "gray":
         x = np.repeat(x @ np.array([[0.299], [0.587], [0.114]], dtype=np.float32), 3, axis=2)
     elif domain == "sepia":
