@@ -7,7 +7,7 @@ MAPPINGS = ("none", "gated", "full", "linear+linear", "transformer+transformer",
 LEVELS = ("1+2", "1", "2")
 LOSSES = ("gra", "reg_text", "kl_visual", "local")
 SIGNS = ("signed", "positive", "absolute")
-MATCHES = ("tokens", "image")
+MATCHES = ("image", "tokens", "both")
 
 # One row per option, one dictionary per preset. An option that is left at None takes its preset's value.
 PRESETS = {
@@ -107,15 +107,14 @@ class SpotlighterConfig:
     prototypes_in: str | None = None
     """Where the refined prototypes Û enter, Eq. 10: ``sequence``, ``readout`` or ``none``."""
     prototype_logits: bool | None = None
-    """Blend the match with the bank's prototypes into the logits of the bank's classes."""
+    """Add the match with the bank's prototypes to the logits of the bank's classes."""
     losses: tuple[str, ...] | None = None
     """Auxiliary losses of Eq. 15 in use: names among ``LOSSES``; L_cls is always there."""
     contribution_sign: str = "signed"
     """What ``contribution`` does with tokens that lower the similarity: one of ``SIGNS``."""
-    prototype_match: str = "tokens"
-    """What is matched with the bank for ``prototype_logits``: the kept ``tokens`` or the ``image`` embedding."""
-    match_sharpness: float = 5.5
-    """b of exp(-b (1 - cos)) in the match with the bank; 0 takes the plain cosine."""
+    prototype_match: str = "both"
+    """What ``prototype_logits`` matches with the bank: the kept ``tokens``, the ``image`` embedding that these tokens
+    give, or ``both``. Weight and sharpness are chosen on held-out images (``SpotlighterWrapper.calibrate``)."""
     lr_multiplier: float = 1.0
     """Learning rate of the plug-in's parameters as a multiple of the host's."""
     seed: int = 0
@@ -147,7 +146,6 @@ class SpotlighterConfig:
             ("lambda1", 0, None),
             ("lambda2", 0, None),
             ("lambda3", 0, None),
-            ("match_sharpness", 0, None),
             ("lr_multiplier", 0, None),
         ):
             _number(name, getattr(self, name), low, high, name in ("top_k", "prototypes", "select_block", "seed"))
@@ -157,9 +155,13 @@ class SpotlighterConfig:
 
     @property
     def uses_bank(self) -> bool:
-        """Whether anything reads the Semantic Memory Bank, so that it has to be kept."""
+        """Whether anything reads the bank's token prototypes, so that they have to be kept."""
         has_irm = self.mapping != "none" and self.prototypes_in != "none"
-        return self.semantic_activation or self.prototype_logits or has_irm or "local" in self.losses
+        return self.semantic_activation or self.matches("tokens") or has_irm or "local" in self.losses
+
+    def matches(self, what: str) -> bool:
+        """Whether ``what``, tokens or image, is matched with the bank."""
+        return self.prototype_logits and self.prototype_match in (what, "both")
 
     def check(self, n_tokens: int, n_blocks: int) -> int:
         """Compare with a tower of ``n_tokens`` patch tokens and ``n_blocks`` blocks; returns s in [0, n_blocks).

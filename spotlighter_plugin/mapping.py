@@ -158,7 +158,8 @@ class Mapping(nn.Module):
     Attributes:
         irm: module, or None.
         readout_weight: α_v, weight of π(Û) beside π(CLS), a scalar that starts at 0, or None.
-        match_weight: weight of the match with the bank in the logits, a scalar that starts at 0, or None.
+        match_weight: weight of the match with the bank in the logits, a scalar that starts at 0 and that
+            ``SpotlighterWrapper.calibrate`` sets, or None.
     """
 
     def __init__(self, config, width: int, dim: int, heads: int):
@@ -195,7 +196,7 @@ class GatedMapping(Mapping):
     * one gate per 64-wide group of the joint space scales by 1 + g both sides of every cosine that decides;
     * one blend weighs what comes to the host's logits: the match with the bank where ``prototype_logits`` is on,
       the kept tokens in the texts (Eq. 11 with it in the place of α Linear) where it is off, and Û in the readout
-      where Û is used.
+      where Û is used and ``prototype_logits`` is off.
     """
 
     def __init__(self, config, width: int, dim: int, heads: int):
@@ -204,11 +205,12 @@ class GatedMapping(Mapping):
         self.heads = nn.Parameter(torch.zeros(heads))
         self.groups = nn.Parameter(torch.zeros(-(-dim // GROUP)))
         self.blend = nn.Parameter(torch.zeros(()))
-        self.irm = FrozenAttentionIRM(width, trains_ffn=False) if config.prototypes_in != "none" else None
+        uses_irm = config.prototypes_in == "sequence" or (config.prototypes_in == "readout" and not self.matches)
+        self.irm = FrozenAttentionIRM(width, trains_ffn=False) if uses_irm else None
 
     @property
     def readout_weight(self) -> Tensor | None:
-        return None if self.irm is None else self.blend
+        return None if self.irm is None or self.matches else self.blend
 
     @property
     def match_weight(self) -> Tensor | None:

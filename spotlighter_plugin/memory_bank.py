@@ -66,17 +66,20 @@ class SemanticMemoryBank(nn.Module):
             self.is_empty = not bool(known.any())
 
     def _fill(self, hidden: Tensor, rows: Tensor, known: Tensor) -> None:
-        """Of each class, the first image of the batch gives its most activated tokens to the empty prototypes."""
-        n_images, n_tokens, _ = hidden.shape
-        order = torch.arange(n_images, device=rows.device)
-        order = torch.where(known, order, n_images)  # images left out come last
-        first = rows.new_full((len(self.filled),), n_images).scatter_reduce(0, rows, order, "amin")  # (C,)
-        source = first.clamp(max=n_images - 1)  # (C,), the image that a class fills from
-        rank = (~self.filled).cumsum(1) - 1  # (C, P), number of each empty prototype among the class's empty ones
-        new = ~self.filled & (rank < n_tokens) & (first < n_images)[:, None]
-        taken = hidden[source[:, None], rank.clamp(0, n_tokens - 1)]  # (C, P, w)
-        self.prototypes.copy_(torch.where(new.unsqueeze(-1), taken, self.prototypes))
-        self.filled |= new
+        """Empty prototypes take the most activated tokens of their class's first image; what it lacks, the next's."""
+        n_images, n_tokens, width = hidden.shape
+        n_classes, n_prototypes = self.filled.shape
+        same = (rows[:, None] == rows) & known  # (B, B), images of one class
+        earlier = same.tril(-1).sum(1)  # (B,), number of images of the same class before this one
+        place = earlier[:, None] * n_tokens + torch.arange(n_tokens, device=rows.device)  # (B, k), queue of a class
+        order = (~self.filled).long()
+        slot_of = order.argsort(dim=1, descending=True, stable=True)  # (C, P), empty prototypes first
+        n_empty = order.sum(1)  # (C,)
+        taken = known[:, None] & (place < n_empty[rows][:, None])  # (B, k)
+        slot = slot_of[rows].gather(1, place.clamp(max=n_prototypes - 1))  # (B, k)
+        flat = (rows[:, None] * n_prototypes + slot)[taken]
+        self.prototypes.view(-1, width)[flat] = hidden[taken]
+        self.filled.view(-1)[flat] = True
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         saved = state_dict.get(prefix + "prototypes")
@@ -111,20 +114,16 @@ def assign(tokens: Tensor, prototypes: Tensor, filled: Tensor) -> tuple[Tensor, 
     return degree.max(-1)
 
 
-def affinity(tokens: Tensor, prototypes: Tensor, filled: Tensor, sharpness: float = 0.0) -> Tensor:
-    """How well tokens match each class: mean_i max_p f(cos(z_i, π(U_c,p))), f(x) = x or exp(-b (1 - x)).
+def affinity(tokens: Tensor, prototypes: Tensor, filled: Tensor) -> Tensor:
+    """How well tokens match each class, Eq. 7: mean_i max_p cos(z_i, π(U_c,p)).
 
     Args:
-        tokens: (B, k, d), unit length; one token (k = 1) may be the image's embedding.
+        tokens: (B, k, d), unit length.
         prototypes: (C, P, d), unit length.
         filled: (C, P); a class without prototypes gets -inf.
-        sharpness: b; 0 takes the cosine itself.
 
     Returns:
         (B, C).
     """
     cosine = torch.einsum("bkd,cpd->bkcp", tokens, prototypes)  # (B, k, C, P)
-    best = cosine.masked_fill(~filled, -torch.inf).amax(-1)  # (B, k, C)
-    if sharpness:
-        best = torch.where(best == -torch.inf, best, torch.exp(-sharpness * (1 - best)))
-    return best.mean(1)
+    return cosine.masked_fill(~filled, -torch.inf).amax(-1).mean(1)

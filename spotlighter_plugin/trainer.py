@@ -79,6 +79,10 @@ class SpotlighterTrainerMixin:
         with torch.autocast(self.device.type, enabled=self._precision() == "amp"):
             return self.model(images)
 
+    def save_model(self, epoch, directory, *args, **kwargs):
+        self._calibrate()
+        super().save_model(epoch, directory, *args, **kwargs)
+
     def load_model(self, directory, epoch=None):
         """Load the host's checkpoint the host's way, and the plug-in's beside it if the folder has one."""
         plugin = self._models.pop(self.folder)  # the host loads its own models
@@ -98,6 +102,20 @@ class SpotlighterTrainerMixin:
         checkpoint = load_checkpoint(path)
         plugin.load_state_dict(checkpoint["state_dict"])
         print(f'Loaded {self.folder} from "{path}" (epoch = {checkpoint["epoch"]})')
+
+    def _calibrate(self):
+        """Weigh the match with the bank on the validation split, so that the checkpoint holds the weight."""
+        if not self.model.config.prototype_logits:
+            return
+        if self.val_loader is None:
+            print("No validation split: the match with the memory bank stays unweighed, PROTOTYPE_LOGITS has no effect")
+            return
+        batches = (self.parse_batch_test(batch) for batch in self.val_loader)
+        with torch.random.fork_rng(), torch.autocast(self.device.type, enabled=self._precision() == "amp"):
+            right = self.model.calibrate(batches)
+        if right is not None:
+            weight = self.model.plugin.mapping.match_weight.item()
+            print(f"Match with the memory bank: weight {weight:g}, {100 * right:.1f} % of the validation split right")
 
     def _precision(self):
         """The host's PREC: fp16, fp32 or amp."""

@@ -10,17 +10,27 @@ from . import activation, losses
 from .config import SpotlighterConfig
 from .hosts import adapter_for
 from .mapping import build_mapping
+from .match import SHARPNESSES, choose, image_match, token_match
 from .memory_bank import SemanticMemoryBank, affinity
 from .token_stream import TokenStream, check_tower
 
 
 class Plugin(nn.Module):
-    """What Spotlighter adds to a host and saves: the memory bank and the trained mapping."""
+    """What Spotlighter adds to a host and saves: the memory bank and the trained mapping.
+
+    Attributes:
+        bank: prototypes of tokens, as they enter block s.
+        views: prototypes of whole images, as CLS leaves the tower after block s…L-1 on the kept tokens; or None.
+        shape: (4,), sharpness and gain of the image's match with ``views``, then of the tokens' with ``bank``;
+            None where nothing is matched.
+    """
 
     def __init__(self, config: SpotlighterConfig, class_names: list[str], width: int, dim: int, heads: int):
         super().__init__()
         self.bank = SemanticMemoryBank(class_names, config.prototypes, width)
+        self.views = SemanticMemoryBank(class_names, config.prototypes, width) if config.matches("image") else None
         self.mapping = build_mapping(config, width, dim, heads)
+        self.register_buffer("shape", torch.zeros(4) if config.prototype_logits else None)
         self.cache = {}  # what stays the same between two calls of train() or eval()
 
     def train(self, mode: bool = True):
@@ -34,8 +44,10 @@ class Plugin(nn.Module):
             ValueError: the state was trained with another mapping or another backbone.
         """
         self.cache.clear()
-        own = {name: tuple(value.shape) for name, value in self.mapping.state_dict(prefix="mapping.").items()}
-        saved = {name: tuple(value.shape) for name, value in state_dict.items() if name.startswith("mapping.")}
+        fixed = lambda state: {  # noqa: E731
+            name: tuple(value.shape) if name.startswith("mapping.") else "there" for name, value in state.items()
+        }
+        own, saved = fixed(self.state_dict()), fixed(state_dict)
         wrong = sorted(name for name in own.keys() | saved.keys() if own.get(name) != saved.get(name))
         if wrong:
             raise ValueError(
@@ -54,6 +66,7 @@ class _Step:
     scale: Tensor  # 1/τ
     rows: Tensor | None = None  # (B,), the bank's row of each image; None at inference
     tokens: Tensor | None = None  # z of the kept tokens, best first, (B, k, d)
+    matched: Tensor | None = None  # the same tokens as block s sees them, unit length, (B, k, w)
     category: Tensor | None = None  # c*, (B,)
     refined: Tensor | None = None  # Û, (P, B, w)
     levels: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # image embedding and tokens of level 1, level 2
@@ -116,6 +129,41 @@ class SpotlighterWrapper(nn.Module):
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
         return self.plugin.load_state_dict(state_dict, strict, assign)
 
+    @torch.no_grad()
+    def calibrate(self, batches) -> float | None:
+        """Weigh the match with the bank on held-out images of the bank's classes, never on the bank's own images.
+
+        Args:
+            batches: pairs of images (B, 3, h, w) and labels (B,).
+
+        Returns:
+            The share of these images that the calibrated model gets right; None if there is no match or no bank yet.
+        """
+        weight, plugin = self.plugin.mapping.match_weight, self.plugin
+        if weight is None or not self._match_is_ready():
+            return None
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        weight.zero_()
+        logits, labels, image_matches, token_matches = [], [], [], []
+        for images, targets in batches:
+            step = self._begin(images)[1]
+            image = self._encode(step)
+            logits.append(self._logits(image, step.tokens, step))
+            labels.append(targets)
+            image_matches.append([self._image_match(image, b) for b in SHARPNESSES if plugin.views is not None])
+            token_matches.append([self._token_match(step.matched, b) for b in SHARPNESSES if step.matched is not None])
+        chosen, right = 0.0, None
+        if logits:
+            joined = [[torch.cat(p) for p in zip(*part, strict=True)] for part in (image_matches, token_matches)]
+            chosen, shape, right = choose(torch.cat(logits), torch.cat(labels), *joined)
+            plugin.shape.copy_(shape)
+        weight.fill_(chosen)
+        for module, mode in modes:
+            module.training = mode
+        plugin.cache.clear()
+        return right
+
     def refresh(self) -> None:
         """Forget cached text embeddings; needed only when prompts change without a call of train() or eval()."""
         self.plugin.cache.clear()
@@ -148,6 +196,9 @@ class SpotlighterWrapper(nn.Module):
         """One pass through the tower: v before normalization, (B, d)."""
         with self.stream.selecting(lambda hidden: self._choose(hidden, step)) as stream:
             image = self.adapter.encode_image(step.images)  # (B, d)
+            if step.rows is not None and self.plugin.training and self.plugin.views is not None:
+                cls = stream.output[0].detach().unsqueeze(1)  # (B, 1, w)
+                self.plugin.views.update(cls, self._project(cls), step.rows, self.config.beta, self._project)
             return self._readout(image, stream.output, step.refined)
 
     # ------------------------------------------------------------------------------------------------- inside the tower
@@ -178,6 +229,8 @@ class SpotlighterWrapper(nn.Module):
         tokens = stream.tokens(hidden, kept)  # (k, B, w)
         if self._reads_tokens(training):
             step.tokens = self._project(tokens).transpose(0, 1)  # (B, k, d)
+        if config.matches("tokens") and not (training and self.plugin.training):
+            step.matched = self._as_block_sees(tokens).transpose(0, 1)  # (B, k, w)
         stream.head_scale = self.plugin.mapping.head_scale()
         sequence, step.refined = self._sequence(hidden, tokens, step)
         if training:
@@ -275,23 +328,45 @@ class SpotlighterWrapper(nn.Module):
         return image + weight * joint.float().mean(0)
 
     def _logits(self, image: Tensor, tokens: Tensor | None, step: _Step) -> Tensor:
-        """cos(v, t^rep)/τ, with the match with the bank blended in: (B, d), (B, k, d) → (B, C)."""
-        mapping, bank = self.plugin.mapping, self.plugin.bank
-        cosine = mapping.text(step.text, tokens, step.scale).cosine(image, mapping.joint_gate())  # (B, C)
-        if mapping.match_weight is not None and not bank.is_empty:
-            cosine = cosine + mapping.match_weight * self._match(image, tokens)
-        return step.scale * cosine
+        """cos(v, t^rep)/τ, and except while learning the weighed match with the bank: (B, d), (B, k, d) → (B, C)."""
+        mapping, plugin = self.plugin.mapping, self.plugin
+        logits = step.scale * mapping.text(step.text, tokens, step.scale).cosine(image, mapping.joint_gate())  # (B, C)
+        learning = step.rows is not None and plugin.training  # from images that the bank holds
+        if learning or mapping.match_weight is None or not self._match_is_ready():
+            return logits
+        sharp_image, gain_image, sharp_tokens, gain_tokens = self._cached("shape", plugin.shape.tolist)
+        match = 0.0
+        if gain_image:
+            match = match + gain_image * self._image_match(image, sharp_image)
+        if gain_tokens:
+            match = match + gain_tokens * self._token_match(step.matched, sharp_tokens)
+        return logits + mapping.match_weight * match
 
-    def _match(self, image: Tensor, tokens: Tensor | None) -> Tensor:
-        """Match with the bank, around its mean over the bank's classes; 0 for classes that the bank does not know."""
-        config, bank = self.config, self.plugin.bank
-        matched = F.normalize(image, dim=-1)[:, None] if config.prototype_match == "image" else tokens
-        match = affinity(self._gated(matched), self._gated(self._prototypes()), bank.filled, config.match_sharpness)
-        present = bank.filled.any(-1)  # (C of the bank,)
-        match = match.masked_fill(~present, 0)
-        match = (match - match.sum(-1, keepdim=True) / present.sum()) * present
+    def _match_is_ready(self) -> bool:
+        """Whether every bank that the match reads holds something."""
+        banks = {"image": self.plugin.views, "tokens": self.plugin.bank}
+        return not any(bank.is_empty for what, bank in banks.items() if self.config.matches(what))
+
+    def _image_match(self, image: Tensor, sharpness: float) -> Tensor:
+        views = self.plugin.views
+        prototypes = self._cached("views", lambda: self._gated(self._project(views.prototypes)))  # (C, P, d)
+        gated = self._gated(F.normalize(image, dim=-1))
+        return self._of_own_classes(image_match(gated, prototypes, views.filled, sharpness))
+
+    def _token_match(self, matched: Tensor, sharpness: float) -> Tensor:
+        bank = self.plugin.bank
+        prototypes = self._cached("bank", lambda: self._as_block_sees(bank.prototypes))  # (C, P, w)
+        return self._of_own_classes(token_match(matched, prototypes, bank.filled, sharpness))
+
+    def _of_own_classes(self, match: Tensor) -> Tensor:
+        """From the bank's classes to the model's, 0 for those that the bank does not know: (B, C)."""
         rows = self._rows()  # (C,)
         return match[:, rows.clamp(min=0)] * (rows >= 0)
+
+    def _as_block_sees(self, hidden: Tensor) -> Tensor:
+        """Hidden states (…, w) through block s's first LayerNorm, unit length, float32."""
+        norm = self.stream.block.ln_1
+        return F.normalize(norm(hidden.to(norm.weight.dtype)).float(), dim=-1)
 
     def _losses(self, image: Tensor, logits: Tensor, labels: Tensor, step: _Step, extras: dict) -> dict[str, Tensor]:
         config, adapter, mapping = self.config, self.adapter, self.plugin.mapping
@@ -330,9 +405,7 @@ class SpotlighterWrapper(nn.Module):
 
     def _reads_tokens(self, training: bool) -> bool:
         """Whether the kept tokens are needed in the joint space."""
-        mapping = self.plugin.mapping
-        matches = mapping.match_weight is not None and self.config.prototype_match == "tokens"
-        return mapping.mixes_texts or matches or (training and self._wants("local"))
+        return self.plugin.mapping.mixes_texts or (training and self._wants("local"))
 
     def _project(self, hidden: Tensor) -> Tensor:
         """π to the texts' space, of unit length: (…, w) → (…, d), float32."""

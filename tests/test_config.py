@@ -69,7 +69,6 @@ def test_options_from_a_command_line_become_what_the_config_wants():
         ("losses", ("gra", "triplet")),
         ("semantic_activation", "yes"),
         ("contribution_sign", "minus"),
-        ("match_sharpness", -1.0),
     ],
 )
 def test_a_wrong_value_is_one_line_naming_option_and_value(option, value):

@@ -102,8 +102,17 @@ def test_a_bank_of_another_width_is_one_clear_line():
     assert "\n" not in str(error.value)
 
 
-def test_classes_without_prototypes_match_nothing_whatever_the_sharpness():
+def test_classes_without_prototypes_match_nothing():
     filled = torch.tensor([[True, False], [False, False]])
-    for sharpness in (0.0, 5.0):
-        match = affinity(project(tokens(3, 4)), project(tokens(2, 2, seed=1)), filled, sharpness)
-        assert (match[:, 1] == -torch.inf).all() and torch.isfinite(match[:, 0]).all()
+    match = affinity(project(tokens(3, 4)), project(tokens(2, 2, seed=1)), filled)
+    assert (match[:, 1] == -torch.inf).all() and torch.isfinite(match[:, 0]).all()
+
+
+def test_images_of_one_batch_fill_prototypes_one_after_the_other():
+    bank = SemanticMemoryBank(["a", "b"], 3, W)
+    hidden = tokens(4, 2)
+    bank.update(hidden, project(hidden), torch.tensor([0, 1, 0, -1]), 1.0, project)
+    expected = torch.stack([hidden[0, 0], hidden[0, 1], hidden[2, 0]])
+    torch.testing.assert_close(bank.prototypes[0], expected)  # the first image's tokens, then the next one's best
+    torch.testing.assert_close(bank.prototypes[1, :2], hidden[1])
+    assert bank.filled.tolist() == [[True] * 3, [True, True, False]]

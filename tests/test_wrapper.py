@@ -10,7 +10,7 @@ from clip.model import CLIP
 from method_kit import BLOCKS, MAPPINGS, N_TOKENS, coop_host, some_images, train_a_little, wrap
 from random_clips import CLASS_NAMES
 
-from spotlighter_plugin.config import ACTIVATIONS, SpotlighterConfig
+from spotlighter_plugin.config import ACTIVATIONS, MATCHES, SpotlighterConfig
 from spotlighter_plugin.hosts import adapter_for
 from spotlighter_plugin.wrapper import SpotlighterWrapper
 
@@ -128,7 +128,8 @@ def test_every_parameter_of_every_mapping_is_trained(mapping, prototypes_in, pro
     train_a_little(wrapper, steps=3, lr=0.5)
     after = wrapper.plugin.mapping.state_dict()
     unchanged = {name for name in before if torch.equal(before[name], after[name])}
-    assert not unchanged
+    calibrated = {"blend" if mapping == "gated" else "match_weight"} if prototype_logits else set()
+    assert unchanged == calibrated
 
 
 def test_losses_that_are_switched_off_are_not_computed():
@@ -176,10 +177,16 @@ def test_a_single_class_trains_and_predicts():
         assert wrapper(some_images()).argmax(-1).tolist() == [0] * 5
 
 
-@pytest.mark.parametrize("match", ["tokens", "image"])
+def held_out(n=3):
+    return [(some_images(6, seed=70 + i), torch.arange(6)) for i in range(n)]
+
+
+@pytest.mark.parametrize("match", MATCHES)
 def test_the_match_with_the_bank_moves_the_logits_of_the_banks_classes_alone(match):
     wrapper = wrap(mapping="gated", prototype_logits=True, prototype_match=match)
     train_a_little(wrapper, lr=0)
+    uses = torch.tensor([match != "tokens"] * 2 + [match != "image"] * 2)
+    wrapper.plugin.shape.copy_(torch.tensor([5.0, 10.0, 5.0, 10.0]) * uses)
     names = ["sea shell", "someone new", "red"]
     other = wrap(coop_host(names), class_names=names, mapping="gated", prototype_logits=True, prototype_match=match)
     other.load_state_dict(wrapper.state_dict())
@@ -189,6 +196,49 @@ def test_the_match_with_the_bank_moves_the_logits_of_the_banks_classes_alone(mat
         after = other(some_images())
     changed = (after - before).abs().amax(0)
     assert changed[1] == 0 and changed[0] > 1e-3 and changed[2] > 1e-3
+
+
+@pytest.mark.parametrize("mapping", ["none", "gated", "full"])
+@pytest.mark.parametrize("match", MATCHES)
+def test_calibration_lowers_no_held_out_accuracy_and_travels_with_the_state(match, mapping):
+    wrapper = wrap(mapping=mapping, prototype_match=match, prototype_logits=True)
+    train_a_little(wrapper, steps=6, lr=0.01)
+    accuracy = lambda model: torch.cat([model(x).argmax(1) == y for x, y in held_out()]).float().mean().item()  # noqa: E731
+    with torch.no_grad():
+        before, modes = accuracy(wrapper), [module.training for module in wrapper.modules()]
+        claimed = wrapper.calibrate(held_out())
+        assert claimed == pytest.approx(accuracy(wrapper)) and claimed >= before
+        assert [module.training for module in wrapper.modules()] == modes
+        again = wrap(mapping=mapping, prototype_match=match, prototype_logits=True)
+        again.load_state_dict(wrapper.state_dict())
+        again.host.load_state_dict(wrapper.host.state_dict())
+        torch.testing.assert_close(again.eval()(some_images()), wrapper(some_images()))
+
+
+def test_calibration_finds_a_match_that_tells_the_shots_apart():
+    wrapper = wrap(prototype_logits=True, prototype_match="image", prototypes=1)
+    train_a_little(wrapper, steps=1, lr=0)
+    shots = [(some_images(6, seed=0), torch.arange(6))]  # each class's only shot is its prototype
+    assert wrapper.calibrate(shots) == 1.0 and wrapper.plugin.mapping.match_weight > 0
+
+
+def test_without_held_out_images_or_before_any_training_the_match_stays_out():
+    wrapper = wrap(prototype_logits=True)
+    assert wrapper.calibrate(held_out()) is None  # nothing in the bank
+    train_a_little(wrapper, lr=0)
+    assert wrapper.calibrate([]) is None and wrapper.plugin.mapping.match_weight == 0
+    assert wrap(prototype_logits=False).calibrate(held_out()) is None
+
+
+def test_training_does_not_see_the_match_with_its_own_images():
+    wrapper = wrap(prototype_logits=True)
+    train_a_little(wrapper, lr=0)
+    wrapper.calibrate(held_out())
+    wrapper.plugin.mapping.match_weight.data.fill_(3.0)
+    wrapper.train()
+    first = wrapper(some_images(6), torch.arange(6))["logits"]
+    wrapper.plugin.mapping.match_weight.data.fill_(0.0)
+    assert torch.equal(wrapper(some_images(6), torch.arange(6))["logits"], first)
 
 
 def test_a_state_holds_the_plugin_alone_and_loads_into_a_model_of_other_classes():

@@ -42,7 +42,9 @@ UNNAMEABLE = re.compile(
     r"part|exclamation|question|om$|star-of|wheel-of|yin|cross$|peace|menorah|six-pointed|khanda)"
 )
 
-EXPRESSION = re.compile(r"-face(-|$)|^face-|^eyes$|^sparkle$|^tram-car$|^(blue|green|orange)-book$|^round-pushpin$|^old-key$")  # noqa: E501
+EXPRESSION = re.compile(
+    r"-face(-|$)|^face-|^eyes$|^sparkle$|^tram-car$|^(blue|green|orange)-book$|^round-pushpin$|^old-key$"
+)  # noqa: E501
 
 
 def read_package(folder: Path) -> dict[str, str]:
@@ -113,7 +115,11 @@ def render(svg: str) -> Image.Image:
 def download(vendor: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(
-        ["npm", "pack", "--silent", f"@iconify-json/{vendor}"], cwd=folder, check=True, text=True, stdout=subprocess.PIPE  # noqa: E501
+        ["npm", "pack", "--silent", f"@iconify-json/{vendor}"],
+        cwd=folder,
+        check=True,
+        text=True,
+        stdout=subprocess.PIPE,  # noqa: E501
     )
     with tarfile.open(folder / done.stdout.split()[-1]) as tar:
         for name in ("icons.json", "info.json"):

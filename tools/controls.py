@@ -43,7 +43,7 @@ class CoOpCache(CoOp):
     """
 
     cache = None
-    weights = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+    weights = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
     sharpnesses = (1.0, 3.0, 5.5, 10.0, 20.0)
 
     @torch.no_grad()

@@ -44,7 +44,7 @@ METHODS = [
     Method(CONTROLS[3], "CoOpSpotlighter", {**HOST, "TRAINER.SPOTLIGHTER.ACTIVATION": "random"}),
     Method(OURS, "CoOpSpotlighter", HOST),
 ]
-CANDIDATES = [(rate, epochs) for rate in (0.005, 0.02, 0.05) for epochs in (5, 15, 50)]
+CANDIDATES = [(rate, epochs) for epochs in (10, 40) for rate in (0.02, 0.05, 0.1)]
 
 
 def cell(folder: Path, dataset: str, method: Method, seed: int) -> Path:

@@ -104,10 +104,13 @@ class PromptKD(HostTrainer):
     def make_teacher(self, class_names):
         """The teacher, frozen, with prompts for these class names."""
         options = self.host_options
-        path = options.TEACHER_CHECKPOINT or {
-            "base2novel": f"./teacher_model/{self.cfg.DATASET.NAME}/VLPromptLearner/model-best.pth.tar",
-            "cross": "./teacher_model/ImageNet-xd/VLPromptLearner_large/model.pth.tar-20",
-        }[self.cfg.TRAINER.MODAL]
+        path = (
+            options.TEACHER_CHECKPOINT
+            or {
+                "base2novel": f"./teacher_model/{self.cfg.DATASET.NAME}/VLPromptLearner/model-best.pth.tar",
+                "cross": "./teacher_model/ImageNet-xd/VLPromptLearner_large/model.pth.tar-20",
+            }[self.cfg.TRAINER.MODAL]
+        )
         try:
             state = load_checkpoint(path)["state_dict"]
         except FileNotFoundError:

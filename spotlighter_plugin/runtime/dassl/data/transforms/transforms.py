@@ -83,9 +83,7 @@ def _policy(name):
 ON_IMAGE = {
     "random_translation": lambda c: Random2DTranslation(*c.SIZE),
     "random_crop": lambda c: T.RandomCrop(c.SIZE, padding=c.CROP_PADDING),
-    "random_resized_crop": lambda c: T.RandomResizedCrop(
-        c.SIZE, scale=c.RRCROP_SCALE, interpolation=_interpolation(c)
-    ),
+    "random_resized_crop": lambda c: T.RandomResizedCrop(c.SIZE, scale=c.RRCROP_SCALE, interpolation=_interpolation(c)),
     "random_flip": lambda c: T.RandomHorizontalFlip(),
     "imagenet_policy": _policy("IMAGENET"),
     "cifar10_policy": _policy("CIFAR10"),
