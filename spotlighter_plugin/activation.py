@@ -160,6 +160,18 @@ def top_tokens(scores: Tensor, k: int) -> Tensor:
     return scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
 
 
+def fuse_dropped(tokens: Tensor, scores: Tensor, kept: Tensor) -> Tensor:
+    """One token for all that are not kept, Σ_i ω_i h_i with ω = softmax of their scores: (1, B, w).
+
+    Args:
+        tokens: h, (n, B, w).
+        scores: standardised, (B, n).
+        kept: indices (B, k) in 0…n-1, fewer than n.
+    """
+    omega = scores.scatter(1, kept, -torch.inf).softmax(-1)  # (B, n)
+    return torch.einsum("bn,nbw->bw", omega.to(tokens.dtype), tokens).unsqueeze(0)
+
+
 def split_levels(kept: Tensor, levels: str = "1+2") -> Tensor:
     """Level ``1``, the upper half of the ordered tokens (the larger one if k is odd), level ``2``, the rest, or all."""
     upper = (kept.shape[1] + 1) // 2

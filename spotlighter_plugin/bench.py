@@ -1,11 +1,12 @@
 """`spotlighter bench`: the host and Spotlighter timed in turn in one process, on random weights."""
 
+import ast
 import itertools
 import json
 import os
 import re
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -29,7 +30,10 @@ TEACHER = "ViT-L/14"
 
 @dataclass(frozen=True)
 class Setting:
-    """What is timed. select_block, top_k: None takes the preset's. device: a name of torch's."""
+    """What is timed. select_block, top_k: None takes the preset's. device: a name of torch's.
+
+    options: further options of the plug-in, names and values in turn as in a configuration file.
+    """
 
     host: str = "coop"
     backbone: str = "ViT-B/16"
@@ -42,6 +46,7 @@ class Setting:
     dtype: str = "fp32"
     runs: int = 10
     teacher: str = ""
+    options: tuple[str, ...] = ()
 
     def __post_init__(self):
         _one_of("host", self.host, HOSTS)
@@ -50,14 +55,21 @@ class Setting:
         for option in ("batch_size", "classes", "runs"):
             if getattr(self, option) < 1:
                 raise ValueError(f"{_flag(option)} is {getattr(self, option)}, must be at least 1")
-        shape, config = shape_of(self.backbone), self.config
-        with _own_flags():
-            config.check(shape.tokens, shape.layers)
+        self.cuts  # noqa: B018  (raises for what the tower has not)
 
     @property
     def config(self) -> SpotlighterConfig:
+        options = {"preset": self.preset, "select_block": self.select_block, "top_k": self.top_k}
         with _own_flags():
-            return SpotlighterConfig(preset=self.preset, select_block=self.select_block, top_k=self.top_k)
+            return SpotlighterConfig(**options | _options(self.options))
+
+    @property
+    def cuts(self) -> list[tuple[int, int]]:
+        """The blocks before which tokens are cut, ascending, and how many patch tokens go on at each."""
+        shape, config = shape_of(self.backbone), self.config
+        with _own_flags():
+            blocks = config.check(shape.tokens, shape.layers)
+        return list(zip(blocks, [*(k for _, k in config.stages), config.top_k], strict=True))
 
 
 class Bench:
@@ -174,7 +186,8 @@ class Bench:
         return adapter.objective(logits, self.labels, {"images": images, "text": text})
 
     def _subject(self, number):
-        setting, layers = self.settings[number], shape_of(self.setting.backbone).layers
+        setting = self.settings[number]
+        block, top_k = setting.cuts[-1]
         named = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         return {
             "host": setting.host,
@@ -183,16 +196,19 @@ class Bench:
             "dtype": setting.dtype,
             "batch_size": setting.batch_size,
             "classes": setting.classes,
-            "select_block": setting.config.select_block % layers,
-            "top_k": setting.config.top_k,
+            "select_block": block,
+            "top_k": top_k,
         }
 
 
-def arithmetic_limit(record: dict) -> float:
-    """Speed-up by blocks × tokens alone: L / (s + (L - s)(k + 1)/(N + 1)), nothing else counted."""
-    shape, s = shape_of(record["backbone"]), record["select_block"]
-    share = (record["top_k"] + 1) / (shape.tokens + 1)
-    return shape.layers / (s + (shape.layers - s) * share)
+def arithmetic_limit(setting: Setting) -> float:
+    """Speed-up by blocks × tokens alone: L (N + 1) / (s (N + 1) + (L - s)(k + 1)), and so on for further cuts."""
+    shape, cost, before = shape_of(setting.backbone), 0, 0
+    now = shape.tokens + 1
+    for block, kept in setting.cuts:
+        cost += (block - before) * now
+        before, now = block, kept + 1 + (setting.config.fuse_dropped and kept < shape.tokens)
+    return shape.layers * (shape.tokens + 1) / (cost + (shape.layers - before) * now)
 
 
 def swept(options: dict, sweep: str = "") -> list[Setting]:
@@ -232,19 +248,18 @@ def plot(records: list[dict], path: Path) -> None:
         axes.legend()
 
 
-def inference_table(records: list[dict]) -> Table:
+def inference_table(settings: list[Setting], records: list[dict]) -> Table:
     """Records as people read them."""
     table = Table("s", "k", "upstream", "cached", "ours", "/upstream", "/cached", "limit", "MB")
-    for r in records:
+    for setting, r in zip(settings, records, strict=True):
         table.add_row(
-            str(r["select_block"]),
-            str(r["top_k"]),
+            *_cuts(setting),
             _number(r["images_per_second_host"], ".1f"),
             _number(r["images_per_second_host_cached_text"], ".1f"),
             _number(r["images_per_second_spotlighter"], ".1f"),
             _number(r["speedup"], ".3f", "×"),
             _number(r["speedup_over_cached_text"], ".3f", "×"),
-            f"×{arithmetic_limit(r):.3f}",
+            f"×{arithmetic_limit(setting):.3f}",
             f"{r['peak_memory_mb_host']:.0f} → {r['peak_memory_mb_spotlighter']:.0f}",
         )
     table.title = f"images/s: {_title(records[0])}"
@@ -252,13 +267,13 @@ def inference_table(records: list[dict]) -> Table:
     return table
 
 
-def training_table(records: list[dict]) -> Table:
+def training_table(settings: list[Setting], records: list[dict]) -> Table:
     table = Table("s", "k", "host s/step", "Spotlighter s/step", "time", "host MB", "Spotlighter MB", "memory")
-    for r in records:
+    for setting, r in zip(settings, records, strict=True):
         numbers = r["seconds_per_step_host"], r["seconds_per_step_spotlighter"], r["time_ratio"]
         memory = r["peak_memory_mb_host"], r["peak_memory_mb_spotlighter"], r["memory_ratio"]
         row = "{:.3f} {:.3f} ×{:.3f} {:.0f} {:.0f} ×{:.3f}".format(*numbers, *memory).split()
-        table.add_row(str(r["select_block"]), str(r["top_k"]), *row)
+        table.add_row(*_cuts(setting), *row)
     table.title = f"one training step: {_title(records[0])}"
     return table
 
@@ -270,11 +285,12 @@ def profile_table(settings: list[Setting], profiles: list[dict[str, float]]) -> 
         total = sum(profile.values())
         outside = sum(profile[stage] for stage in OUTSIDE)
         shares = [f"{100 * part / total:.1f}" for part in (*profile.values(), outside)]
-        table.add_row(str(setting.config.select_block), str(setting.config.top_k), f"{1000 * total:.1f}", *shares)
+        table.add_row(*_cuts(setting), f"{1000 * total:.1f}", *shares)
     return table
 
 
 def command(
+    options: Annotated[list[str], typer.Argument(help="after --: KEY VALUE options of TRAINER.SPOTLIGHTER")] = (),
     host: Annotated[str, typer.Option(help=", ".join(HOSTS))] = "coop",
     backbone: Annotated[str, typer.Option(help=f"{', '.join(SHAPES)}, or width=384,layers=6,…")] = "ViT-B/16",
     batch_size: Annotated[int, typer.Option()] = 32,
@@ -299,9 +315,9 @@ def command(
 ):
     """Time a host with and without Spotlighter, in turn, on random weights of the true architecture."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    options = {"host": host, "backbone": backbone, "batch_size": batch_size, "classes": classes, "preset": preset}
-    options |= {"select_block": select_block, "top_k": top_k, "device": device, "dtype": dtype, "runs": runs}
-    settings = swept({**options, "teacher": teacher}, sweep)
+    given = {"host": host, "backbone": backbone, "batch_size": batch_size, "classes": classes, "preset": preset}
+    given |= {"select_block": select_block, "top_k": top_k, "device": device, "dtype": dtype, "runs": runs}
+    settings = swept({**given, "teacher": teacher, "options": tuple(options)}, sweep)
     for flag, path in (("--json", json_file), ("--plot", plot_file)):
         if path is not None and not path.absolute().parent.is_dir():
             raise FileNotFoundError(f"{flag} {path}: the folder {path.absolute().parent} does not exist")
@@ -318,7 +334,7 @@ def command(
         tick = lambda: bar.advance(task)  # noqa: E731
         records = bench.training(tick) if train else bench.inference(upstream, tick)
     console = Console()
-    console.print(training_table(records) if train else inference_table(records))
+    console.print((training_table if train else inference_table)(settings, records))
     if profile:
         console.print(profile_table(settings, bench.profile()))
     if json_file is not None:
@@ -329,6 +345,27 @@ def command(
 
 def _ratio(slower: list[float], faster: list[float]) -> float:
     return median(a / b for a, b in zip(slower, faster, strict=True))
+
+
+def _options(words):
+    """{name: value} of names and values in turn; a value that is no Python literal is a string."""
+    known, options = {field.name for field in fields(SpotlighterConfig)}, {}
+    if len(words) % 2:
+        raise ValueError(f"options are KEY VALUE pairs, {words[-1]!r} stands alone")
+    for key, value in zip(words[::2], words[1::2], strict=True):
+        if key.lower() not in known:
+            raise ValueError(f"{key} is no option of TRAINER.SPOTLIGHTER: take {', '.join(sorted(known)).upper()}")
+        try:
+            options[key.lower()] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[key.lower()] = value
+    return options
+
+
+def _cuts(setting):
+    """The columns s and k: every block before which tokens are cut, and what each cut keeps."""
+    blocks, kept = zip(*setting.cuts, strict=True)
+    return ", ".join(map(str, blocks)), ", ".join(map(str, kept))
 
 
 def _title(record):

@@ -1,6 +1,7 @@
 """Every hyper-parameter of Spotlighter, its symbol in the paper, its presets and its checks."""
 
 from dataclasses import dataclass, fields
+from itertools import pairwise
 
 ACTIVATIONS = ("attention", "contribution", "lens", "value", "random")
 MAPPINGS = ("none", "gated", "full", "linear+linear", "transformer+transformer", "transformer+linear")
@@ -28,6 +29,8 @@ PRESETS = {
         "prototypes_in": "sequence",
         "prototype_logits": False,
         "losses": ("gra", "reg_text", "kl_visual", "local"),
+        "stages": (),
+        "fuse_dropped": False,
     },
     "default": {
         "top_k": 32,
@@ -46,6 +49,8 @@ PRESETS = {
         "prototypes_in": "none",
         "prototype_logits": True,
         "losses": ("gra", "reg_text", "kl_visual", "local"),
+        "stages": (),
+        "fuse_dropped": False,
     },
     "fast": {
         "top_k": 32,
@@ -64,6 +69,8 @@ PRESETS = {
         "prototypes_in": "none",
         "prototype_logits": True,
         "losses": ("gra", "reg_text", "kl_visual", "local"),
+        "stages": (),
+        "fuse_dropped": False,
     },
 }
 
@@ -110,6 +117,11 @@ class SpotlighterConfig:
     """Add the match with the bank's prototypes to the logits of the bank's classes."""
     losses: tuple[str, ...] | None = None
     """Auxiliary losses of Eq. 15 in use: names among ``LOSSES``; L_cls is always there."""
+    stages: tuple[tuple[int, int], ...] | None = None
+    """Earlier cuts on the way to ``select_block`` and ``top_k``: pairs (block, tokens kept), blocks as in
+    ``select_block``. ``((3, 64),)`` keeps 64 tokens before block 3, by the sample-wise score there."""
+    fuse_dropped: bool | None = None
+    """Let the tokens that a cut drops go on as one, their mean weighted by their scores."""
     contribution_sign: str = "signed"
     """What ``contribution`` does with tokens that lower the similarity: one of ``SIGNS``."""
     prototype_match: str = "both"
@@ -149,7 +161,8 @@ class SpotlighterConfig:
             ("lr_multiplier", 0, None),
         ):
             _number(name, getattr(self, name), low, high, name in ("top_k", "prototypes", "select_block", "seed"))
-        for name in ("semantic_activation", "recalculate", "prototype_logits"):
+        self.stages = _stages(self.stages, self.top_k)
+        for name in ("semantic_activation", "recalculate", "prototype_logits", "fuse_dropped"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{_option(name)} = {getattr(self, name)!r}: expected True or False")
 
@@ -163,22 +176,36 @@ class SpotlighterConfig:
         """Whether ``what``, tokens or image, is matched with the bank."""
         return self.prototype_logits and self.prototype_match in (what, "both")
 
-    def check(self, n_tokens: int, n_blocks: int) -> int:
-        """Compare with a tower of ``n_tokens`` patch tokens and ``n_blocks`` blocks; returns s in [0, n_blocks).
+    def check(self, n_tokens: int, n_blocks: int) -> list[int]:
+        """Compare with a tower of ``n_tokens`` patch tokens and ``n_blocks`` blocks.
+
+        Returns:
+            The blocks before which tokens are cut, in [0, n_blocks) and ascending; the last one is s.
 
         Raises:
-            ValueError: k exceeds the tokens, or the block does not exist.
+            ValueError: k exceeds the tokens, a block does not exist, or a stage does not come before the next.
         """
-        if self.top_k > n_tokens:
+        cuts = [("stages", block, k) for block, k in self.stages]
+        cuts.append(("select_block", self.select_block, self.top_k))
+        for name, block, k in cuts:
+            if k > n_tokens:
+                name = "top_k" if name == "select_block" else name
+                raise ValueError(
+                    f"{_option(name)} = {getattr(self, name)}: the vision tower has {n_tokens} tokens; "
+                    f"take at most {n_tokens}"
+                )
+            if not -n_blocks <= block < n_blocks:
+                raise ValueError(
+                    f"{_option(name)} = {getattr(self, name)}: the vision tower has {n_blocks} blocks; "
+                    f"take {-n_blocks} to {n_blocks - 1}"
+                )
+        blocks = [block % n_blocks for _, block, _ in cuts]
+        if any(later <= earlier for earlier, later in pairwise(blocks)):
             raise ValueError(
-                f"{_option('top_k')} = {self.top_k}: the vision tower has {n_tokens} tokens; take at most {n_tokens}"
+                f"{_option('stages')} = {self.stages}, SELECT_BLOCK {self.select_block}: of {n_blocks} blocks these "
+                f"are {', '.join(map(str, blocks))}; each must come before the next"
             )
-        if not -n_blocks <= self.select_block < n_blocks:
-            raise ValueError(
-                f"{_option('select_block')} = {self.select_block}: the vision tower has {n_blocks} blocks; "
-                f"take {-n_blocks} to {n_blocks - 1}"
-            )
-        return self.select_block % n_blocks
+        return blocks
 
 
 def extend_cfg(cfg) -> None:
@@ -201,6 +228,20 @@ def _option(name: str) -> str:
 def _one_of(name: str, value, allowed) -> None:
     if value not in allowed:
         raise ValueError(f"{_option(name)} = {value!r}: expected one of {', '.join(allowed)}")
+
+
+def _stages(value, top_k: int) -> tuple[tuple[int, int], ...]:
+    """Pairs (block, tokens kept) with ever fewer tokens, the last of them at least ``top_k``."""
+    if not isinstance(value, (list, tuple)) or any(
+        not isinstance(pair, (list, tuple)) or [type(part) for part in pair] != [int, int] for pair in value
+    ):
+        raise ValueError(f"{_option('stages')} = {value!r}: expected pairs (block, tokens kept) as in ((3, 64),)")
+    kept = [k for _, k in value] + [top_k]
+    if kept != sorted(kept, reverse=True):
+        raise ValueError(
+            f"{_option('stages')} = {value!r}, TOP_K {top_k}: each must keep at most what the one before did"
+        )
+    return tuple((block, k) for block, k in value)
 
 
 def _number(name: str, value, low, high, whole: bool) -> None:

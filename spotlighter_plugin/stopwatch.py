@@ -68,8 +68,9 @@ def stages(wrapper, images, runs: int, device: torch.device) -> dict[str, float]
         marks[name] = time.perf_counter()
 
     passes = []
-    with _marked(wrapper, mark, device) as scores:
+    with _marked(wrapper, mark, device) as (cuts, scores):
         for _ in range(runs + 1):
+            cuts.clear()
             scores.clear()
             mark("start")
             wrapper(images)
@@ -77,9 +78,9 @@ def stages(wrapper, images, runs: int, device: torch.device) -> dict[str, float]
             scoring = sum(scores)
             passes.append(
                 (
-                    marks["chosen from"] - marks["tower"],
+                    marks["chosen"] - marks["tower"] - sum(cuts),
                     scoring,
-                    marks["chosen"] - marks["chosen from"] - scoring,
+                    sum(cuts) - scoring,
                     marks["tower left"] - marks["chosen"],
                     marks["end"] - marks["tower left"] + marks["tower"] - marks["start"],
                 )
@@ -90,32 +91,27 @@ def stages(wrapper, images, runs: int, device: torch.device) -> dict[str, float]
 
 @contextmanager
 def _marked(wrapper, mark, device):
-    """Mark where a pass enters and leaves the tower and the choice of tokens; gives the list of the scores' seconds."""
-    taken, vision = [], wrapper.adapter.vision
+    """Mark where a pass enters, leaves and has thinned out the tower; lists the seconds of each cut and each score."""
+    cuts, scores, vision = [], [], wrapper.adapter.vision
 
-    def choose(hidden, step, own=wrapper._choose):
-        mark("chosen from")
-        sequence = own(hidden, step)
-        mark("chosen")
-        return sequence
-
-    def timed(score):
-        def scoring(*args):
+    def timed(work, taken, after=lambda: None):
+        def timing(*args):
             result = []
-            taken.append(seconds(lambda: result.append(score(*args)), device))
+            taken.append(seconds(lambda: result.append(work(*args)), device))
+            after()
             return result[0]
 
-        return scoring
+        return timing
 
-    instead = {"_choose": choose}
-    instead |= {name: timed(getattr(wrapper, name)) for name in ("_sample_score", "_semantic_score")}
+    instead = {"_cut": timed(wrapper._cut, cuts), "_choose": timed(wrapper._choose, cuts, lambda: mark("chosen"))}
+    instead |= {name: timed(getattr(wrapper, name), scores) for name in ("_sample_score", "_semantic_score")}
     hooks = [
         vision.register_forward_pre_hook(lambda *_: mark("tower")),
         vision.register_forward_hook(lambda *_: mark("tower left")),
     ]
     vars(wrapper).update(instead)
     try:
-        yield taken
+        yield cuts, scores
     finally:
         for name in instead:
             delattr(wrapper, name)

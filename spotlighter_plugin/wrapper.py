@@ -1,6 +1,7 @@
 """SpotlighterWrapper: the method around one host."""
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +68,8 @@ class _Step:
     rows: Tensor | None = None  # (B,), the bank's row of each image; None at inference
     tokens: Tensor | None = None  # z of the kept tokens, best first, (B, k, d)
     matched: Tensor | None = None  # the same tokens as block s sees them, unit length, (B, k, w)
+    alive: Tensor | None = None  # (B, n) in 0…N-1, the tokens that earlier cuts left; None before any cut
+    fused: Tensor | None = None  # the token that stands for the dropped ones, (1, B, w)
     category: Tensor | None = None  # c*, (B,)
     refined: Tensor | None = None  # Û, (P, B, w)
     levels: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # image embedding and tokens of level 1, level 2
@@ -98,10 +101,10 @@ class SpotlighterWrapper(nn.Module):
         vision = self.adapter.vision
         check_tower(vision)
         blocks = vision.transformer.resblocks
-        block = config.check(len(vision.positional_embedding) - 1, len(blocks))
+        cuts = config.check(len(vision.positional_embedding) - 1, len(blocks))
         self.host = host_model
-        self.stream = TokenStream(vision, block)
-        width, heads = vision.proj.shape[0], blocks[block].attn.num_heads
+        self.stream = TokenStream(vision, *cuts)
+        width, heads = vision.proj.shape[0], self.stream.block.attn.num_heads
         self.plugin = Plugin(config, self.class_names, width, self.adapter.dim, heads)
         self.plugin.to(vision.proj.device).train(host_model.training)
         self.kept: Tensor | None = None
@@ -194,7 +197,8 @@ class SpotlighterWrapper(nn.Module):
 
     def _encode(self, step: _Step) -> Tensor:
         """One pass through the tower: v before normalization, (B, d)."""
-        with self.stream.selecting(lambda hidden: self._choose(hidden, step)) as stream:
+        early = (partial(self._cut, step, stage, k) for stage, (_, k) in enumerate(self.config.stages))
+        with self.stream.selecting(*early, lambda hidden: self._choose(hidden, step)) as stream:
             image = self.adapter.encode_image(step.images)  # (B, d)
             if step.rows is not None and self.plugin.training and self.plugin.views is not None:
                 cls = stream.output[0].detach().unsqueeze(1)  # (B, 1, w)
@@ -203,16 +207,39 @@ class SpotlighterWrapper(nn.Module):
 
     # ------------------------------------------------------------------------------------------------- inside the tower
 
+    def _cut(self, step: _Step, stage: int, k: int, hidden: Tensor) -> Tensor:
+        """An early stage lets the k best go on, by the sample-wise score alone: (1+n+M, B, w) → (S, B, w)."""
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            scores = activation.standardise(self._sample_score(hidden, step, stage))  # (B, n)
+            kept = activation.top_tokens(self._of_tokens(scores, step), k)  # (B, k)
+        step.fused = self._fuse(hidden, scores, kept)
+        step.alive = self._original(kept, step)
+        return self._sequence(hidden, self.stream.tokens(hidden, kept), step)[0]
+
+    def _of_tokens(self, scores: Tensor, step: _Step) -> Tensor:
+        """Scores (B, n) without that of a token which stands for others: (B, n) or (B, n-1)."""
+        return scores if step.alive is None else scores[:, : step.alive.shape[1]]
+
+    def _original(self, kept: Tensor, step: _Step) -> Tensor:
+        """Positions in the image, 0…N-1, of tokens ``kept`` (B, k) among those that earlier cuts left: (B, k)."""
+        return kept if step.alive is None else step.alive.gather(1, kept)
+
+    def _fuse(self, hidden: Tensor, scores: Tensor, kept: Tensor) -> Tensor | None:
+        if not self.config.fuse_dropped or kept.shape[1] == scores.shape[1]:
+            return None
+        return activation.fuse_dropped(hidden[1 : 1 + self.stream.n_now], scores, kept)
+
     def _choose(self, hidden: Tensor, step: _Step) -> Tensor:
-        """Score the tokens that enter block s and give the sequence that goes on: (1+N+M, B, w) → (S, B, w)."""
+        """Score the tokens that enter block s and give the sequence that goes on: (1+n+M, B, w) → (S, B, w)."""
         config, stream, training = self.config, self.stream, step.rows is not None
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-            sample = self._sample_score(hidden, step)  # (B, N)
+            sample = self._sample_score(hidden, step)  # (B, n)
             scores = activation.standardise(sample)
             if self._has_semantics():
-                every = hidden[1 : 1 + stream.n_tokens]  # (N, B, w)
+                every = hidden[1 : 1 + stream.n_now]  # (n, B, w)
                 scores = scores + activation.standardise(self._semantic_score(hidden, every, step))
-            kept = activation.top_tokens(scores, config.top_k)  # tok^act, (B, k)
+            kept = activation.top_tokens(self._of_tokens(scores, step), config.top_k)  # tok^act, (B, k)
+            dropped = scores, kept
             if training and self.plugin.training and config.uses_bank:
                 chosen = stream.tokens(hidden, kept).transpose(0, 1)  # (B, k, w)
                 self.plugin.bank.update(chosen, self._project(chosen), step.rows, config.beta, self._project)
@@ -225,7 +252,8 @@ class SpotlighterWrapper(nn.Module):
                 step.category = self._match_category(hidden)
             if not training:
                 kept = activation.split_levels(kept, config.levels)
-            self.kept = kept
+            self.kept = self._original(kept, step)
+        step.fused = self._fuse(hidden, *dropped)
         tokens = stream.tokens(hidden, kept)  # (k, B, w)
         if self._reads_tokens(training):
             step.tokens = self._project(tokens).transpose(0, 1)  # (B, k, d)
@@ -239,15 +267,16 @@ class SpotlighterWrapper(nn.Module):
 
     def _sequence(self, hidden: Tensor, tokens: Tensor, step: _Step) -> tuple[Tensor, Tensor | None]:
         """The sequence on given tokens (k, B, w), and Û (P, B, w) of these tokens, Eq. 8-10."""
+        entering = tokens if step.fused is None else torch.cat([tokens, step.fused])  # (k, B, w) or (k+1, B, w)
         if step.category is None:
-            return self.stream.sequence(hidden, tokens), None
+            return self.stream.sequence(hidden, entering), None
         prototypes, filled = self.plugin.bank.of(step.category)  # (B, P, w), (B, P)
         present = filled.unsqueeze(-1).to(prototypes.dtype)
         mean = (prototypes * present).sum(1, keepdim=True) / present.sum(1, keepdim=True)
         prototypes = torch.where(filled.unsqueeze(-1), prototypes, mean).transpose(0, 1).to(hidden.dtype)  # (P, B, w)
         refined = self.plugin.mapping.irm(prototypes, tokens, self.stream.block)
         extra = refined if self.config.prototypes_in == "sequence" else None
-        return self.stream.sequence(hidden, tokens, extra), refined
+        return self.stream.sequence(hidden, entering, extra), refined
 
     def _further_passes(self, hidden: Tensor, tokens: Tensor, sequence: Tensor, step: _Step) -> None:
         """Training only: each level alone for L_gra, and all tokens without gradient for v⁰."""
@@ -269,28 +298,28 @@ class SpotlighterWrapper(nn.Module):
         if self._wants("kl_visual") and learns:
             scale, stream.head_scale = stream.head_scale, None
             with torch.no_grad():
-                step.full = self.adapter.project(stream.tail(hidden)[0])
+                step.full = self.adapter.project(stream.whole())
             stream.head_scale = scale
 
-    def _sample_score(self, hidden: Tensor, step: _Step) -> Tensor:
-        config, stream = self.config, self.stream
-        heads = self.plugin.mapping.head_scale()
+    def _sample_score(self, hidden: Tensor, step: _Step, stage: int = -1) -> Tensor:
+        """Sample-wise score of what enters a stage's block, (B, n); gates on heads are those of block s."""
+        config, vision = self.config, self.stream.vision
+        block, n = self.stream.stages[stage][0], self.stream.n_now
+        heads = self.plugin.mapping.head_scale() if stage == -1 else None
         match config.activation:
             case "attention":
-                return activation.attention_score(hidden, stream.block, stream.n_tokens, heads)
+                return activation.attention_score(hidden, block, n, heads)
             case "contribution":
                 target, sign = self._pulled_back(hidden, self._target(hidden, step)), config.contribution_sign
-                return activation.contribution_score(
-                    hidden, stream.block, stream.vision, target, stream.n_tokens, heads, sign
-                )
+                return activation.contribution_score(hidden, block, vision, target, n, heads, sign)
             case "lens":
-                tokens = self._project(hidden[1 : 1 + stream.n_tokens]).transpose(0, 1)  # (B, N, d)
+                tokens = self._project(hidden[1 : 1 + n]).transpose(0, 1)  # (B, n, d)
                 return activation.lens_score(tokens, self._target(hidden, step))
             case "value":
                 target = self._target(hidden, step)
-                return activation.value_score(hidden, stream.block, self._project, target, stream.n_tokens)
+                return activation.value_score(hidden, block, self._project, target, n)
             case "random":
-                return activation.random_score(activation.image_keys(step.images), stream.n_tokens, config.seed)
+                return activation.random_score(activation.image_keys(step.images), n, config.seed)
 
     def _has_semantics(self) -> bool:
         return self.config.semantic_activation and not self.plugin.bank.is_empty

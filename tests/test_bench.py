@@ -110,7 +110,7 @@ def test_peak_memory_counts_what_is_held_at_once_beyond_what_was_there():
 
 
 def test_stages_add_up_to_the_pass_and_leave_the_wrapper_as_it_was():
-    made = small_bench(select_block=1)
+    made = small_bench(select_block=2, options=("STAGES", "((1, 9),)"))
     wrapper = made.wrappers[0]
     with torch.no_grad():
         before, own = wrapper(made.images), dict(vars(wrapper))
@@ -127,11 +127,18 @@ def test_the_bank_is_full_so_that_its_match_is_timed():
 
 
 @pytest.mark.parametrize(
-    "s,k,limit", [(11, 32, 1.075), (4, 32, 2.247), (0, 196, 1.0)]
-)  # 12 / (11 + 33/197) and so on, by hand
-def test_the_arithmetic_limit_is_that_of_blocks_times_tokens(s, k, limit):
-    record = {"backbone": "ViT-B/16", "select_block": s, "top_k": k}
-    assert bench.arithmetic_limit(record) == pytest.approx(limit, abs=5e-4)
+    "s,k,options,limit",
+    [
+        (11, 32, (), 1.075),
+        (4, 32, (), 2.247),
+        (0, 196, (), 1.0),
+        (4, 31, ("FUSE_DROPPED", "True"), 2.247),
+        (-2, 32, ("STAGES", "((3, 64),)"), 2.126),
+    ],
+)  # 12 / (11 + 33/197), …, 12 / (3 + 7 · 65/197 + 2 · 33/197), by hand
+def test_the_arithmetic_limit_is_that_of_blocks_times_tokens(s, k, options, limit):
+    setting = bench.Setting(preset="default", select_block=s, top_k=k, options=options)
+    assert bench.arithmetic_limit(setting) == pytest.approx(limit, abs=5e-4)
 
 
 def test_a_sweep_is_every_combination():
@@ -175,6 +182,10 @@ def test_the_command_writes_records_and_a_picture(tmp_path, capsys):
         (["--json", "nowhere/bench.json"], ["--json", "does not exist"]),
         (["--plot", "speed.bmp"], ["--plot", ".svg"]),
         (["--plot", "speed.svg", "--train"], ["--plot", "--train"]),
+        (["--", "STAGES"], ["STAGES", "stands alone"]),
+        (["--", "SPEED", "9"], ["SPEED", "TOP_K"]),
+        (["--", "STAGES", "((0, 4),)"], ["--stages", "at most"]),
+        (["--", "STAGES", "((2, 16),)"], ["--stages", "before the next"]),
     ],
 )
 def test_bad_input_is_one_clear_line(flags, names, capsys, tmp_path, monkeypatch):

@@ -69,6 +69,13 @@ def test_options_from_a_command_line_become_what_the_config_wants():
         ("losses", ("gra", "triplet")),
         ("semantic_activation", "yes"),
         ("contribution_sign", "minus"),
+        ("stages", 3),
+        ("stages", (3, 64)),
+        ("stages", ((3, 64, 2),)),
+        ("stages", ((3, 64.0),)),
+        ("stages", ((2, 48), (3, 64))),
+        ("stages", ((3, 8),)),
+        ("fuse_dropped", "no"),
     ],
 )
 def test_a_wrong_value_is_one_line_naming_option_and_value(option, value):
@@ -81,7 +88,14 @@ def test_a_wrong_value_is_one_line_naming_option_and_value(option, value):
 
 @pytest.mark.parametrize(("block", "index"), [(-1, 11), (-12, 0), (0, 0), (11, 11)])
 def test_the_block_is_counted_from_either_end(block, index):
-    assert SpotlighterConfig(select_block=block).check(196, 12) == index
+    assert SpotlighterConfig(select_block=block).check(196, 12) == [index]
+
+
+def test_stages_are_counted_from_either_end_like_the_block_and_may_come_as_lists():
+    config = SpotlighterConfig(stages=[[3, 64], (-4, 48)], select_block=-1, top_k=16)
+    assert config.check(196, 12) == [3, 8, 11] and config.stages == ((3, 64), (-4, 48))
+    cfg = tree("TRAINER.SPOTLIGHTER.STAGES", "((3, 64),)", "TRAINER.SPOTLIGHTER.FUSE_DROPPED", "True")
+    assert (from_cfg(cfg).stages, from_cfg(cfg).fuse_dropped) == (((3, 64),), True)
 
 
 @pytest.mark.parametrize(
@@ -90,6 +104,10 @@ def test_the_block_is_counted_from_either_end(block, index):
         ({"top_k": 197}, ("TOP_K = 197", "196")),
         ({"select_block": 12}, ("SELECT_BLOCK = 12", "-12 to 11")),
         ({"select_block": -13}, ("SELECT_BLOCK = -13", "-12 to 11")),
+        ({"stages": ((3, 197),)}, ("STAGES = ((3, 197),)", "196")),
+        ({"stages": ((-13, 64),)}, ("STAGES = ((-13, 64),)", "-12 to 11")),
+        ({"stages": ((3, 64),), "select_block": 3}, ("STAGES = ((3, 64),)", "SELECT_BLOCK 3", "3, 3")),
+        ({"stages": ((3, 64), (-10, 48))}, ("STAGES = ((3, 64), (-10, 48))", "3, 2, 11")),
     ],
 )
 def test_what_the_tower_has_not_is_one_line_naming_value_and_limit(options, words):

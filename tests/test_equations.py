@@ -206,6 +206,39 @@ def test_semantic_score_weighs_prototypes_by_their_similarity_to_the_text():
             close(score[b, i], sum(terms))
 
 
+def literal_cut(sequence, scores, kept):
+    """[CLS, kept tokens, one token for the others] of [CLS, tokens], and the kept ones' places, best first."""
+    mean = sum(scores) / len(scores)
+    spread = (sum((score - mean) ** 2 for score in scores) / len(scores)) ** 0.5
+    order = sorted(range(kept[0]), key=lambda i: -scores[i])
+    best, rest = order[: kept[1]], order[kept[1] :] + list(range(kept[0], len(scores)))
+    weights = softmax([(scores[i] - mean) / spread for i in rest])
+    fused = sum(weight * sequence[1 + i] for weight, i in zip(weights, rest, strict=True))
+    return [sequence[0], *(sequence[1 + i] for i in best), fused], best
+
+
+def test_cuts_before_several_blocks_with_dropped_tokens_fused_are_the_tower_on_what_is_left():
+    """What an early cut fused is never among the tokens of the next cut, but always in what that one fuses."""
+    options = {"mapping": "none", "prototype_logits": False, "fuse_dropped": True}
+    wrapper, caught = wrap(stages=((0, 9), (1, 7)), top_k=4, **options), {}
+    blocks, vision = wrapper.stream.vision.transformer.resblocks, wrapper.stream.vision
+    hook = vision.ln_pre.register_forward_hook(lambda module, args, out: caught.update(hidden=out))
+    with torch.no_grad():
+        image = wrapper.image_embeddings(some_images())
+    hook.remove()
+    for b, hidden in enumerate(caught["hidden"]):
+        sequence, places, there = [f64(x) for x in hidden], list(range(N_TOKENS)), N_TOKENS
+        for block, number in zip(blocks, (9, 7, 4), strict=True):
+            normed, scores = [layer_norm(x, block.ln_1) for x in sequence], 0
+            for wq, wk, _, _ in head_parts(block.attn):
+                scores = scores + torch.tensor(attention_weights(normed[0], normed, wq, wk, len(wq[1])))[1:] / HEADS
+            sequence, best = literal_cut(sequence, scores.tolist(), (there, number))
+            places, there = [places[i] for i in best], number
+            sequence = block_output(sequence, block)
+        assert wrapper.kept[b].tolist() == places
+        close(image[b], unit(pi(sequence[0], vision)))
+
+
 # ----------------------------------------------------------------------------------------------------------- the bank
 
 

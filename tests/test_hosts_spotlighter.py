@@ -74,6 +74,27 @@ def test_with_every_token_kept_the_logits_are_the_hosts(tmp_path, teacher, host,
 
 
 @hosts
+def test_several_cuts_and_fused_tokens_give_the_host_with_every_token_and_its_prompts_with_few(tmp_path, teacher, host):
+    plain = make(tmp_path, host, teacher, plugin=False).model.eval()
+    images = torch.randn(3, 3, 32, 32)
+    options = {"select_block": -1, "mapping": "none", "prototype_logits": False, "fuse_dropped": True}
+    with torch.no_grad():
+        expected, lengths = plain(images), []
+        wrapper = SpotlighterWrapper(plain, SpotlighterConfig(stages=((0, 16), (1, 16)), top_k=16, **options)).eval()
+        torch.testing.assert_close(wrapper(images), expected, atol=1e-4, rtol=1e-4)
+        wrapper.detach()
+        wrapper = SpotlighterWrapper(plain, SpotlighterConfig(stages=((0, 9), (1, 7)), top_k=4, **options)).eval()
+        for block in wrapper.stream.vision.transformer.resblocks:
+            block.attn.register_forward_pre_hook(lambda m, args: lengths.append(args[0].shape[0]))
+        wrapper(images)
+    prompts = 0 if host == "CLIPFit" else lengths[0] - (1 + 9 + 1)
+    assert lengths == [1 + k + 1 + prompts for k in (9, 7, 4)] and (host == "CLIPFit" or prompts > 0)
+    wrapper.detach()
+    with torch.no_grad():
+        assert torch.equal(plain(images), expected)
+
+
+@hosts
 @pytest.mark.parametrize("preset", ["default", "paper"])
 def test_the_loss_falls_and_what_the_host_freezes_stays(tmp_path, teacher, host, preset):
     trainer = make(tmp_path, host, teacher, S + "PRESET", preset)

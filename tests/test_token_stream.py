@@ -1,5 +1,7 @@
 """The hooks on the vision tower: what they replace, what they leave alone, and the second run of the last blocks."""
 
+from functools import partial
+
 import pytest
 import torch
 from clip.model import CLIP
@@ -120,6 +122,31 @@ def test_prompts_of_the_host_stay_at_the_end_and_act_in_later_blocks_and_in_the_
     torch.testing.assert_close(seen["all"], before)
     torch.testing.assert_close(seen["few"], few)
     assert not torch.allclose(few, before)
+
+
+@pytest.mark.parametrize("tower", ["vision", "prompted"])
+def test_choices_before_several_blocks_follow_each_other_and_the_whole_tower_can_still_be_run(tower, request):
+    vision = request.getfixturevalue(tower)
+    images, stream = some_images(), TokenStream(vision, 0, 1, 2)
+    before, seen, prompts = vision(images), {}, 2 if tower == "prompted" else 0
+
+    def keep(number, hidden):
+        seen[number] = stream.n_now, len(hidden)
+        return stream.sequence(hidden, stream.tokens(hidden, every(stream, 5)[:, :number]))
+
+    def choose(hidden):
+        sequence = keep(4, hidden)
+        seen["whole"], seen["few"] = stream.whole(), stream.tail(sequence)[0]
+        return sequence
+
+    for _ in range(2):  # the second pass starts afresh
+        with stream.selecting(partial(keep, 9), partial(keep, 6), choose):
+            few = vision(images)
+            assert len(stream.output) == 1 + 4 + prompts
+        assert [seen[number] for number in (9, 6, 4)] == [(n, 1 + n + prompts) for n in (N_TOKENS, 9, 6)]
+        torch.testing.assert_close(seen["whole"], before)
+        torch.testing.assert_close(seen["few"], few)
+        assert not torch.allclose(few, before) and torch.equal(vision(images), before)
 
 
 def test_head_gates_scale_each_heads_output_in_block_s_and_the_weight_is_put_back(vision):

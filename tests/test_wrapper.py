@@ -28,11 +28,12 @@ def same(a, b):
 # --------------------------------------------------------------------------------------------------- the host's peace
 
 
-def test_attached_and_detached_the_host_gives_its_own_logits_and_state_bit_for_bit():
+@pytest.mark.parametrize("options", [{}, {"stages": ((0, 9),), "fuse_dropped": True}], ids=["plain", "two cuts, fused"])
+def test_attached_and_detached_the_host_gives_its_own_logits_and_state_bit_for_bit(options):
     host, images = coop_host(), some_images()
     with torch.no_grad():
         before, state = host(images), state_of(host)
-        wrapper = wrap(host, mapping="full", prototypes_in="sequence", select_block=1)
+        wrapper = wrap(host, mapping="full", prototypes_in="sequence", select_block=1, **options)
         assert torch.equal(host(images), before)  # called directly, the host selects nothing
         wrapper(images)
         assert wrapper.detach() is host
@@ -66,6 +67,14 @@ def test_training_leaves_everything_frozen_bit_for_bit(mapping):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_with_every_token_kept_the_logits_are_the_hosts(activation, block):
     wrapper = wrap(top_k=N_TOKENS, mapping="none", activation=activation, select_block=block, prototype_logits=False)
+    with torch.no_grad():
+        torch.testing.assert_close(wrapper(some_images()), wrapper.host(some_images()), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_with_every_token_kept_at_every_stage_and_nothing_to_fuse_the_logits_are_the_hosts(activation):
+    stages = ((0, N_TOKENS), (1, N_TOKENS))
+    wrapper = wrap(top_k=N_TOKENS, mapping="none", activation=activation, stages=stages, fuse_dropped=True)
     with torch.no_grad():
         torch.testing.assert_close(wrapper(some_images()), wrapper.host(some_images()), atol=1e-4, rtol=1e-4)
 
@@ -301,6 +310,29 @@ def test_a_level_alone_runs_on_its_half_of_the_tokens_in_one_pass(levels, kept):
     assert lengths == [1 + kept] and wrapper.kept.shape == (5, kept)
 
 
+@pytest.mark.parametrize("fuse", [False, True])
+def test_blocks_run_on_what_the_cuts_before_them_left(fuse):
+    wrapper, lengths = wrap(stages=((1, 9),), top_k=6, fuse_dropped=fuse), []
+    for block in wrapper.stream.vision.transformer.resblocks:
+        block.attn.register_forward_pre_hook(lambda m, args: lengths.append(len(args[0])))
+    with torch.no_grad():
+        wrapper(some_images())
+    assert lengths == [1 + N_TOKENS, 1 + 9 + fuse, 1 + 6 + fuse]
+    assert all(len(set(image.tolist())) == 6 and image.max() < N_TOKENS for image in wrapper.kept)
+
+
+@pytest.mark.parametrize("preset", ["paper", "default"])
+def test_with_several_cuts_every_loss_is_there_and_the_full_pass_sees_all_tokens(preset):
+    wrapper = wrap(preset=preset, stages=((0, 12), (1, 9)), fuse_dropped=True)
+    seen, project = [], wrapper.adapter.project
+    whole = wrapper.stream.whole
+    wrapper.stream.whole = lambda: seen.append(whole()) or seen[-1]
+    losses = train_a_little(wrapper, steps=1)
+    assert {"cls", "gra", "reg_text", "kl_visual"} <= losses.keys() and torch.isfinite(losses["loss"])
+    with torch.no_grad():
+        torch.testing.assert_close(project(seen[0]), wrapper.adapter.encode_image(some_images(6)))
+
+
 def test_recalculation_with_the_updated_prototypes_changes_the_order_of_tokens():
     orders = []
     for recalculate in (True, False):
@@ -381,6 +413,15 @@ def test_autocast_trains_and_predicts_nearly_as_without(preset):
         loss = wrapper(some_images(6), torch.arange(6))["loss"]
     loss.backward()
     assert torch.isfinite(loss)
+
+
+def test_the_whole_pass_compiles_without_a_break_to_the_same_logits():
+    wrapper = wrap(stages=((1, 9),), fuse_dropped=True)
+    train_a_little(wrapper, lr=0)
+    with torch.no_grad():
+        expected = wrapper(some_images())
+        compiled = torch.compile(wrapper, fullgraph=True, backend="aot_eager")(some_images())
+    torch.testing.assert_close(compiled, expected, atol=1e-4, rtol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------------- errors
