@@ -20,11 +20,12 @@ from rich.table import Table
 
 from .bench_hosts import DTYPES, HOSTS, SHAPES, build_host, logits_of, shape_of, upstream_logits
 from .config import PRESETS, SpotlighterConfig
+from .memory_bank import SemanticMemoryBank
 from .prompting import normalize
 from .stopwatch import OUTSIDE, STAGES, alternate, peak_memory, stages
 from .wrapper import SpotlighterWrapper
 
-SWEPT = ("select_block", "top_k")
+SWEPT = {"preset": str, "select_block": int, "top_k": int}
 TEACHER = "ViT-L/14"
 
 
@@ -75,7 +76,7 @@ class Setting:
 class Bench:
     """One host and one Spotlighter per setting, all around the same model; every bank is full.
 
-    settings: differ in select_block and top_k only.
+    settings: differ in preset, select_block and top_k only.
     """
 
     def __init__(self, settings: list[Setting]):
@@ -95,10 +96,14 @@ class Bench:
 
     def _wrap(self, config):
         wrapper = SpotlighterWrapper(self.host, config).eval()
-        bank = wrapper.plugin.bank
-        bank.prototypes.normal_()
-        bank.filled.fill_(True)
-        bank.is_empty = False
+        for bank in wrapper.plugin.modules():
+            if isinstance(bank, SemanticMemoryBank):
+                bank.prototypes.normal_()
+                bank.filled.fill_(True)
+                bank.is_empty = False
+        if config.prototype_logits:  # as if calibration had found use for every part of the match
+            used = [config.matches(what) for what in ("image", "image", "tokens", "tokens")]
+            wrapper.plugin.shape.copy_(torch.tensor(used))
         return wrapper
 
     @torch.no_grad()
@@ -212,16 +217,20 @@ def arithmetic_limit(setting: Setting) -> float:
 
 
 def swept(options: dict, sweep: str = "") -> list[Setting]:
-    """The settings of `select_block=4,8,top_k=16,32`: every combination, blocks outermost; one without a sweep.
+    """The settings of `select_block=4,8,top_k=16,32`: all combinations, in the order of ``SWEPT``; one without a sweep.
 
     options: keyword arguments of ``Setting``.
     """
-    values = {name: found.split(",") for name, found in re.findall(r"(\w+)=([-\d,]*\d)", sweep)}
-    if ",".join(f"{name}={','.join(found)}" for name, found in values.items()) != sweep or values.keys() - set(SWEPT):
-        raise ValueError(f"--sweep {sweep!r}: give {' and '.join(SWEPT)} as in select_block=4,8,top_k=16,32")
+    values = {name: found.split(",") for name, found in re.findall(r"(\w+)=([^=]+)(?=,\w+=|$)", sweep)}
     names = [name for name in SWEPT if name in values]
+    try:
+        values = {name: [SWEPT[name](value) for value in values[name]] for name in values}
+    except (KeyError, ValueError):
+        names = []
+    if bool(sweep) != bool(names):
+        raise ValueError(f"--sweep {sweep!r}: give {', '.join(SWEPT)} as in select_block=4,8,top_k=16,32")
     combinations = itertools.product(*(values[name] for name in names))
-    return [Setting(**options | dict(zip(names, map(int, each), strict=True))) for each in combinations]
+    return [Setting(**options | dict(zip(names, each, strict=True))) for each in combinations]
 
 
 def write_json(records: list[dict], path: Path) -> None:
@@ -300,7 +309,7 @@ def command(
         int | None, typer.Option(help="s; negative counts from the end (default: preset's)")
     ] = None,
     top_k: Annotated[int | None, typer.Option(help="k (default: preset's)")] = None,
-    sweep: Annotated[str, typer.Option(help="e.g. select_block=4,8,11,top_k=16,32")] = "",
+    sweep: Annotated[str, typer.Option(help="e.g. select_block=4,8,11,top_k=16,32 or preset=default,fast")] = "",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 (default: cuda where there is one)")] = "",
     dtype: Annotated[str, typer.Option(help=", ".join(DTYPES))] = "fp32",
     runs: Annotated[int, typer.Option(help="rounds, after one that is not counted")] = 10,

@@ -53,7 +53,7 @@ PRESETS = {
         "fuse_dropped": False,
     },
     "fast": {
-        "top_k": 32,
+        "top_k": 40,
         "prototypes": 4,
         "select_block": 4,
         "alpha": 0.2,
@@ -70,7 +70,7 @@ PRESETS = {
         "prototype_logits": True,
         "losses": ("gra", "reg_text", "kl_visual", "local"),
         "stages": (),
-        "fuse_dropped": False,
+        "fuse_dropped": True,
     },
 }
 

@@ -1,13 +1,15 @@
 """The benchmark: what it times, what it writes, and what it says to bad input."""
 
 import json
+import time
 
 import pytest
 import torch
 
 from spotlighter_plugin import bench, cli
+from spotlighter_plugin import wrapper as wrapper_module
 from spotlighter_plugin.bench_hosts import build_host, logits_of, shape_of, text_owner, upstream_logits
-from spotlighter_plugin.stopwatch import alternate, peak_memory, stages
+from spotlighter_plugin.stopwatch import alternate, peak_memory, seconds, stages
 
 CPU = torch.device("cpu")
 SMALL = "image=32,patch=8,width=64,layers=3,dim=64,text_width=64,text_layers=2"
@@ -93,6 +95,15 @@ def test_legs_take_turns_and_the_first_round_is_not_counted():
     assert [len(times) for times in taken.values()] == [2, 2]
 
 
+def test_on_one_thread_of_a_cpu_waiting_for_others_is_not_counted():
+    assert seconds(lambda: time.sleep(0.3), CPU) < 0.1
+    torch.set_num_threads(2)
+    try:
+        assert seconds(lambda: time.sleep(0.3), CPU) >= 0.3
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_a_speed_up_is_the_median_of_pairwise_ratios():
     assert bench._ratio([2.0, 30.0, 8.0], [1.0, 10.0, 2.0]) == 3.0  # not 8 / 2
 
@@ -120,6 +131,17 @@ def test_stages_add_up_to_the_pass_and_leave_the_wrapper_as_it_was():
     assert torch.equal(before, after) and vars(wrapper).keys() == own.keys()
 
 
+@pytest.mark.parametrize("match", ["image", "tokens"])
+def test_the_match_with_the_bank_is_timed(match, monkeypatch):
+    wrapper, calls = small_bench(options=("PROTOTYPE_MATCH", match)).wrappers[0], []
+    for name in ("image_match", "token_match"):
+        own = getattr(wrapper_module, name)
+        monkeypatch.setattr(wrapper_module, name, lambda *args, own=own, name=name: calls.append(name) or own(*args))
+    with torch.no_grad():
+        wrapper(torch.randn(2, 3, 32, 32))
+    assert calls == [{"image": "image_match", "tokens": "token_match"}[match]]
+
+
 def test_the_bank_is_full_so_that_its_match_is_timed():
     wrapper = small_bench(preset="paper", top_k=6).wrappers[0]
     assert wrapper.plugin.bank.filled.all() and not wrapper.plugin.bank.is_empty
@@ -144,6 +166,8 @@ def test_the_arithmetic_limit_is_that_of_blocks_times_tokens(s, k, options, limi
 def test_a_sweep_is_every_combination():
     settings = bench.swept({"backbone": SMALL}, "select_block=1,-1,top_k=4,8,16")
     assert [(s.select_block, s.top_k) for s in settings] == [(1, 4), (1, 8), (1, 16), (-1, 4), (-1, 8), (-1, 16)]
+    settings = bench.swept({"backbone": "ViT-B/16"}, "preset=default,fast")
+    assert [s.cuts[-1] for s in settings] == [(11, 32), (4, 40)]
 
 
 def test_the_command_writes_records_and_a_picture(tmp_path, capsys):
@@ -178,6 +202,9 @@ def test_the_command_writes_records_and_a_picture(tmp_path, capsys):
         (["--select-block", "3"], ["--select-block", "3 blocks"]),
         (["--sweep", "top_k=a"], ["--sweep", "select_block"]),
         (["--sweep", "alpha=1"], ["--sweep", "top_k"]),
+        (["--sweep", "top_k"], ["--sweep", "top_k"]),
+        (["--sweep", "top_k=4,alpha=1"], ["--sweep", "alpha"]),
+        (["--sweep", "preset=fastest"], ["--preset", "fast"]),
         (["--sweep", "top_k=4,500"], ["--top-k", "500"]),
         (["--json", "nowhere/bench.json"], ["--json", "does not exist"]),
         (["--plot", "speed.bmp"], ["--plot", ".svg"]),
