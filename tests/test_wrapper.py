@@ -10,7 +10,7 @@ from clip.model import CLIP
 from method_kit import BLOCKS, MAPPINGS, N_TOKENS, coop_host, some_images, train_a_little, wrap
 from random_clips import CLASS_NAMES
 
-from spotlighter_plugin.config import ACTIVATIONS, MATCHES, SpotlighterConfig
+from spotlighter_plugin.config import ACTIVATIONS, MATCHES, PRESETS, SpotlighterConfig
 from spotlighter_plugin.hosts import adapter_for
 from spotlighter_plugin.wrapper import SpotlighterWrapper
 
@@ -277,7 +277,7 @@ def test_a_state_of_another_mapping_or_width_is_one_clear_line():
 # ----------------------------------------------------------------------------------------------------------- inference
 
 
-@pytest.mark.parametrize("preset", ["paper", "default"])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_the_same_seed_gives_the_same_result_twice(preset):
     results = []
     for _ in range(2):
@@ -378,7 +378,7 @@ def test_blocks_before_s_run_once_and_a_frozen_tower_keeps_no_graph_before_the_f
     assert not any(graph for _, graph in runs)
 
 
-@pytest.mark.parametrize("preset", ["paper", "default"])
+@pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_host_in_half_precision_trains_and_predicts_nearly_as_in_single(preset, dtype):
     single = wrap(preset=preset)
@@ -398,7 +398,7 @@ def test_a_host_in_half_precision_trains_and_predicts_nearly_as_in_single(preset
     assert torch.isfinite(loss) and all(torch.isfinite(p.grad).all() for p in half.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("preset", ["paper", "default"])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_autocast_trains_and_predicts_nearly_as_without(preset):
     wrapper = wrap(preset=preset)
     train_a_little(wrapper)

@@ -51,12 +51,12 @@ def cell(folder: Path, dataset: str, method: Method, seed: int) -> Path:
     return folder / f"{Path(dataset).stem}-{method.name.replace(' ', '_').replace(',', '')}-seed{seed}.npz"
 
 
-def run_all(methods, datasets, seeds, folder: Path, root: str, classes=("base", "new"), block=-1) -> None:
-    """Run every cell that the folder does not hold yet; no method selects tokens before ``block``."""
+def run_all(methods, datasets, seeds, folder: Path, root: str, classes=("base", "new")) -> None:
+    """Run every cell that the folder does not hold yet."""
     folder.mkdir(parents=True, exist_ok=True)
     for dataset in datasets:
         todo = [(m, s) for s in seeds for m in methods if not cell(folder, dataset, m, s).exists()]
-        laboratory = Laboratory(dataset, root, block, classes) if todo else None
+        laboratory = Laboratory(dataset, root, classes=classes) if todo else None
         for method, seed in track(todo, Path(dataset).stem):
             outcome = laboratory.run(method, seed)
             aside = folder / f".{os.getpid()}.npz"

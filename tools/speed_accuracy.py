@@ -20,7 +20,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evidence import HOST, read, run_all, show  # noqa: E402
+from evidence import HOST  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import track  # noqa: E402
 from rich.table import Table  # noqa: E402
@@ -30,7 +30,14 @@ from spotlighter_plugin import SpotlighterConfig, SpotlighterWrapper  # noqa: E4
 from spotlighter_plugin.bench import Bench, swept  # noqa: E402
 from spotlighter_plugin.bench_hosts import shape_of  # noqa: E402
 from spotlighter_plugin.config import PRESETS  # noqa: E402
-from spotlighter_plugin.experiment import FAMILY, Laboratory, Method, harmonic_mean, paired_interval  # noqa: E402
+from spotlighter_plugin.experiment import (  # noqa: E402
+    FAMILY,
+    Laboratory,
+    Method,
+    Outcome,
+    harmonic_mean,
+    paired_interval,
+)
 
 HALVES = ("inner-base", "inner-new")
 SHAPE = shape_of("tiny")
@@ -91,6 +98,31 @@ def show_grid(found: dict) -> None:
     Console().print(table)
 
 
+def train(method: Method, laboratory: Laboratory, seeds, cells: dict, keep) -> list[Outcome]:
+    """An outcome per seed; what cells["<method> <seed>"] does not hold yet, scene by scene, is trained."""
+    for seed in track(seeds, f"{Path(laboratory.dataset).stem}, {method.name}"):
+        if f"{method.name} {seed}" not in cells:
+            correct = laboratory.run(method, seed).correct
+            cells[f"{method.name} {seed}"] = {part: right.astype(int).tolist() for part, right in correct.items()}
+            keep()
+    every = [cells[f"{method.name} {seed}"] for seed in seeds]
+    return [Outcome({part: np.array(right, bool) for part, right in cell.items()}, 0, 0) for cell in every]
+
+
+def show_presets(outcomes: dict[str, list[Outcome]], datasets, seeds) -> None:
+    """A row per method: mean over data sets and seeds, and its paired difference to the first row."""
+    names = ", ".join(Path(dataset).stem for dataset in datasets)
+    table = Table("", "base", "new", "HM", "minus the first", title=f"trained, seeds {seeds}: {names}")
+    first = next(iter(outcomes.values()))
+    for name, found in outcomes.items():
+        means = [np.mean([outcome.accuracy(part) for outcome in found]) for part in ("base", "new")]
+        difference = "{:+.2f} ({:+.2f} to {:+.2f})".format(*paired_interval(found, first)) if found is not first else ""
+        hm = np.mean([outcome.harmonic_mean for outcome in found])
+        table.add_row(name, *(f"{value:.1f}" for value in (*means, hm)), difference)
+    table.caption = "in brackets: 95 % interval of a bootstrap over scenes"
+    Console().print(table)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of what is finished")
@@ -100,22 +132,23 @@ def main():
     parser.add_argument("--presets", action="store_true", help="train the presets instead")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.presets:
-        block = min(s for s, _ in [*FAST["stages"], (FAST["select_block"], 0)])
-        run_all(ROWS, args.datasets, args.seeds, args.out, args.root, HALVES, block)
-        show(ROWS, args.datasets, args.seeds, args.out)
-        fast, default = [[read(args.out, d, row, s) for d in args.datasets for s in args.seeds] for row in ROWS[1::-1]]
-        mean, low, high = paired_interval(fast, default)
-        print(f"fast minus default: {mean:+.2f} HM (95 % interval {low:+.2f} to {high:+.2f})")
-        return
-    path = args.out / "grid.json"
-    found = json.loads(path.read_text()) if path.exists() else {"HM": {}}
+    path = args.out / "finished.json"
+    found = json.loads(path.read_text()) if path.exists() else {"HM": {}, "trained": {}}
 
     def keep():
         aside = path.with_suffix(".tmp")
         aside.write_text(json.dumps(found, indent=1) + "\n")
         os.replace(aside, path)
 
+    if args.presets:
+        outcomes = {method.name: [] for method in ROWS}
+        for dataset in args.datasets:
+            cells = found["trained"].setdefault(Path(dataset).stem, {})
+            laboratory = Laboratory(dataset, args.root, FAST["select_block"], HALVES)
+            for method in ROWS:
+                outcomes[method.name] += train(method, laboratory, args.seeds, cells, keep)
+        show_presets(outcomes, args.datasets, args.seeds)
+        return
     for dataset in args.datasets:
         grid(dataset, args.root, found["HM"].setdefault(Path(dataset).stem, {}), keep)
     if "images/s" not in found:
