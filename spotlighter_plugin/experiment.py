@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Subset
 
 from .settings import import_trainers_and_datasets, parse, setup_cfg
 from .training import set_random_seed
@@ -18,11 +19,15 @@ FAMILY = [f"configs/datasets/emoji_scenes{part}.yaml" for part in ("", "_pixel",
 
 @dataclass
 class Method:
-    """A row of a table: a registered trainer and options as on the command line."""
+    """A row of a table: a registered trainer and options as on the command line.
+
+    trained_as: name of the row whose training this one goes on from; rows of one such name are trained once.
+    """
 
     name: str
     trainer: str
     options: dict = field(default_factory=dict)
+    trained_as: str = ""
 
     def flags(self) -> list[str]:
         return [str(part) for pair in self.options.items() for part in pair]
@@ -60,7 +65,7 @@ class Laboratory:
         dataset: path of the data set's configuration file.
         root: folder of the data sets.
         block: block at which runs start, at most the methods' SELECT_BLOCK; None for whole towers and images.
-        thin: look at every thin-th test image only, for a quick look; validation is left out then.
+        thin: look at every thin-th test image only; on cached states validation is left out then, for a quick look.
         classes: the parts that are trained on and tested; ("inner-base", "inner-new") to choose options.
     """
 
@@ -69,10 +74,13 @@ class Laboratory:
         self.states = None
         self.modules = import_trainers_and_datasets()
 
-    def run(self, method: Method, seed: int, log: Path | None = None) -> Outcome:
-        """Train on the first part of the classes, test on both. Output goes to ``log``."""
-        started = time.time()
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()) as text:
+    def run(self, method: Method, seed: int, log: Path | None = None, kept: Path | None = None) -> Outcome:
+        """Train on the first part of the classes, test on both. Output goes to ``log``.
+
+        Checkpoints stay in ``kept``, if it is given, and a training that is found there is gone on with.
+        """
+        started, passing = time.time(), contextlib.nullcontext(str(kept)) if kept else tempfile.TemporaryDirectory()
+        with passing as folder, contextlib.redirect_stdout(io.StringIO()) as text:
             try:
                 trained = self.trainer(method, seed, self.classes[0], folder)
                 if trained.get_model_names():
@@ -106,7 +114,12 @@ class Laboratory:
             self.states = self.states or HiddenStates(cfg, self.block)
             kind = type(kind.__name__, (CachedTower, kind), {"states": self.states, "thin": self.thin})
         set_random_seed(seed)
-        return kind(cfg)
+        trainer = kind(cfg)
+        if self.block is None and self.thin > 1:
+            images = trainer.test_loader.dataset
+            few = Subset(images, range(0, len(images), self.thin))
+            trainer.test_loader = DataLoader(few, cfg.DATALOADER.TEST.BATCH_SIZE)
+        return trainer
 
     @torch.no_grad()
     def _test(self, trainer) -> np.ndarray:

@@ -6,8 +6,8 @@ import io
 import numpy as np
 import pytest
 import torch
+from scenes_kit import fewer_scenes
 
-from datasets import emoji_render, emoji_scenes
 from spotlighter_plugin.cached import HiddenStates
 from spotlighter_plugin.experiment import Laboratory, Method, Outcome, harmonic_mean, paired_interval
 
@@ -20,9 +20,7 @@ SHORT = {
 
 @pytest.fixture
 def few_scenes(monkeypatch):
-    monkeypatch.setattr(emoji_scenes, "concepts", lambda: emoji_render.concepts()[:6])
-    monkeypatch.setattr(emoji_scenes, "TEST_SCENES", 2)
-    monkeypatch.setattr(emoji_scenes, "VAL_SCENES", 1)
+    fewer_scenes(monkeypatch)
 
 
 def outcome(base, new):
@@ -47,6 +45,26 @@ def test_an_experiment_tests_every_image_of_both_halves(tmp_path, few_scenes):
     result = Laboratory(DATASET, str(tmp_path)).run(Method("CoOp", "CoOp", SHORT), 1)
     assert {part: len(right) for part, right in result.correct.items()} == {"base": 6, "new": 6}
     assert result.parameters == 4 * 128
+
+
+@pytest.mark.parametrize("block", [-1, None])
+def test_a_quick_look_tests_every_second_image(tmp_path, few_scenes, block):
+    method = Method("zero-shot CLIP", "ZeroshotCLIP", {"DATALOADER.NUM_WORKERS": 0})
+    every, some = (Laboratory(DATASET, str(tmp_path), block, thin=thin).run(method, 1) for thin in (1, 2))
+    for part in ("base", "new"):
+        assert np.array_equal(some.correct[part], every.correct[part][::2])
+
+
+def test_a_row_goes_on_from_the_training_of_another(tmp_path, few_scenes):
+    laboratory, kept = Laboratory(DATASET, str(tmp_path)), tmp_path / "kept"
+    method = Method("CoOp", "CoOp", SHORT)
+    first = laboratory.run(method, 1, kept=kept)
+    checkpoint = kept / "prompt_learner/model.pth.tar-2"
+    written = checkpoint.stat().st_mtime_ns
+    again = laboratory.run(method, 1, kept=kept)
+    assert checkpoint.stat().st_mtime_ns == written
+    for part in ("base", "new"):
+        assert np.array_equal(first.correct[part], again.correct[part])
 
 
 def test_the_same_seed_gives_the_same_experiment_twice(tmp_path, few_scenes):

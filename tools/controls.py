@@ -6,7 +6,10 @@ from dassl.engine import TRAINER_REGISTRY
 from torch import nn
 
 from spotlighter_plugin.prompting import normalize
+from trainers.clipfit import CLIPFit
 from trainers.coop import CoOp, CustomCLIP
+from trainers.maple import MaPLe
+from trainers.promptkd import PromptKD
 
 
 class ResidualCLIP(CustomCLIP):
@@ -34,12 +37,11 @@ class CoOpTextResidual(CoOp):
         return ResidualCLIP(self.cfg, class_names, clip_model)
 
 
-@TRAINER_REGISTRY.register()
-class CoOpCache(CoOp):
-    """CoOp with a few-shot cache of CLS features (Tip-Adapter): the shots' features vote for their classes.
+class ClsCache:
+    """A few-shot cache of CLS features (Tip-Adapter) in front of a host: the shots' features vote for their classes.
 
     Weight and sharpness are chosen on the validation split. The cache lives as long as the trainer; a model for other
-    classes has none and keeps CoOp's logits.
+    classes has none and keeps the host's logits.
     """
 
     cache = None
@@ -52,9 +54,9 @@ class CoOpCache(CoOp):
         self.set_model_mode("eval")
         keys, votes = zip(*[self._features(batch) for batch in self.train_loader_x], strict=True)
         keys, votes = torch.cat(keys), F.one_hot(torch.cat(votes), self.num_classes).float()  # (n, d), (n, C)
-        seen = [(self._features(batch), self.model(batch["img"])) for batch in self.val_loader]
-        values, labels, logits = (torch.cat(part) for part in zip(*[(f, y, z) for (f, y), z in seen], strict=True))
-        best = -1.0
+        seen = [self._features(batch) for batch in self.val_loader]
+        values, labels = (torch.cat(part) for part in zip(*seen, strict=True))
+        logits, best = self._logits(values), -1.0
         for sharpness in self.sharpnesses:
             match = (-sharpness * (1 - values @ keys.T)).exp() @ votes  # (n of val, C)
             for weight in self.weights:
@@ -66,10 +68,17 @@ class CoOpCache(CoOp):
         images, labels = self.parse_batch_test(batch)
         return normalize(self.model.encode_image(images)), labels
 
+    def _logits(self, features):
+        return self.model.logit_scale.exp() * features @ self.model.text_features().T
+
     def model_inference(self, images):
-        logits = self.model(images)
+        features = normalize(self.model.encode_image(images))  # (B, d)
+        logits = self._logits(features)
         if self.cache is None:
             return logits
         keys, votes, weight, sharpness = self.cache
-        features = normalize(self.model.encode_image(images))  # (B, d)
         return logits + weight * (-sharpness * (1 - features @ keys.T)).exp() @ votes
+
+
+for host in (CoOp, MaPLe, CLIPFit, PromptKD):
+    TRAINER_REGISTRY.register()(type(f"{host.__name__}Cache", (ClsCache, host), {}))

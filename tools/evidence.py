@@ -51,14 +51,16 @@ def cell(folder: Path, dataset: str, method: Method, seed: int) -> Path:
     return folder / f"{Path(dataset).stem}-{method.name.replace(' ', '_').replace(',', '')}-seed{seed}.npz"
 
 
-def run_all(methods, datasets, seeds, folder: Path, root: str, classes=("base", "new")) -> None:
-    """Run every cell that the folder does not hold yet."""
+def run_all(methods, datasets, seeds, folder: Path, root: str, classes=("base", "new"), **how) -> None:
+    """Run every cell that the folder does not hold yet; ``how`` is for the Laboratory."""
     folder.mkdir(parents=True, exist_ok=True)
     for dataset in datasets:
         todo = [(m, s) for s in seeds for m in methods if not cell(folder, dataset, m, s).exists()]
-        laboratory = Laboratory(dataset, root, classes=classes) if todo else None
+        laboratory = Laboratory(dataset, root, classes=classes, **how) if todo else None
         for method, seed in track(todo, Path(dataset).stem):
-            outcome = laboratory.run(method, seed)
+            name = method.trained_as
+            kept = folder / "trained" / cell(folder, dataset, Method(name, ""), seed).stem if name else None
+            outcome = laboratory.run(method, seed, kept=kept)
             aside = folder / f".{os.getpid()}.npz"
             np.savez_compressed(aside, parameters=outcome.parameters, seconds=outcome.seconds, **outcome.correct)
             os.replace(aside, cell(folder, dataset, method, seed))
@@ -71,8 +73,8 @@ def read(folder: Path, dataset: str, method: Method, seed: int) -> Outcome:
         return Outcome(correct, int(data["parameters"]), float(data["seconds"]))
 
 
-def show(methods, datasets, seeds, folder: Path) -> dict:
-    """Print the table of means over seeds and the paired differences; returns both."""
+def show(methods, datasets, seeds, folder: Path, ours=OURS, others=(HOST_ROW, *CONTROLS)) -> dict:
+    """Print the table of means over seeds and the paired differences of ``ours`` to ``others``; returns both."""
     outcomes = {m.name: [read(folder, d, m, s) for d in datasets for s in seeds] for m in methods}
     n = len(seeds)
     short = [Path(d).stem.replace("emoji_scenes", "").strip("_") or "clean" for d in datasets]
@@ -93,10 +95,10 @@ def show(methods, datasets, seeds, folder: Path) -> dict:
         table.add_row(method.name, *cells, f"{spread:.2f}", f"{every[0].parameters:,}")
     Console(width=200).print(table)
     differences = {}
-    for other in (HOST_ROW, *CONTROLS):
-        if OURS in outcomes and other in outcomes:
-            differences[other] = mean, low, high = paired_interval(outcomes[OURS], outcomes[other])
-            print(f"{OURS} minus {other}: {mean:+.2f} HM (95 % interval {low:+.2f} to {high:+.2f})")
+    for other in others:
+        if ours in outcomes and other in outcomes:
+            differences[other] = mean, low, high = paired_interval(outcomes[ours], outcomes[other])
+            print(f"{ours} minus {other}: {mean:+.2f} HM (95 % interval {low:+.2f} to {high:+.2f})")
     return {"rows": rows, "differences": differences}
 
 

@@ -3,7 +3,8 @@
     python tools/build_sprites.py --packages DIR --out SPRITES --download
     python tools/pretrain_tiny_clip.py --sprites SPRITES --work DIR --out tiny_clip.safetensors
 
-The result belongs to ``spotlighter_plugin/weights``.
+The result belongs to ``spotlighter_plugin/weights``. With ``--width 384`` it is a larger teacher for PromptKD instead,
+to be tuned with ``--trainer PromptSRC --backbone FILE`` and named in ``TRAINER.PROMPTKD.TEACHER_NAME``.
 
 Scenes and captions are made on the fly. Three stages share one cosine schedule: a 6 x 6 window of patches around the
 sprite, then 48 of the 144 patches of whole scenes, then all patches. Loss: a linear classifier that is thrown away,
@@ -229,6 +230,7 @@ def main():
     parser.add_argument("--work", type=Path, required=True, help="folder for the resumable state")
     parser.add_argument("--out", type=Path, required=True, help="safetensors file to write at the end")
     parser.add_argument("--init", type=Path, help="start from this file's weights instead of random ones")
+    parser.add_argument("--width", type=int, default=MODEL["vision_width"], help="of the image tower, 64 a head")
     parser.add_argument("--images", type=int, default=190_000, help="scenes to train on")
     parser.add_argument("--lr", type=float, default=1.5e-3, help="of AdamW, for all but the blocks' matrices")
     parser.add_argument("--muon-lr", type=float, default=0.012, help="of Muon, for the blocks' matrices")
@@ -244,7 +246,7 @@ def main():
     for vendor in VENDORS:
         sprite_sheet(vendor, args.sprites)
     vocabulary = Vocabulary(names)
-    model = clip.model.CLIP(vocab_size=len(vocabulary.ids), **MODEL).float()
+    model = clip.model.CLIP(vocab_size=len(vocabulary.ids), **{**MODEL, "vision_width": args.width}).float()
     nn.init.trunc_normal_(model.visual.positional_embedding, std=0.1)
     if args.init:
         weights = safetensors.torch.load_file(args.init)
@@ -345,7 +347,7 @@ def main():
     from spotlighter_plugin.backbones import save_compact
 
     accuracy = zero_shot(model, vocabulary, names, args.sprites, "all", number_of=1)
-    recipe = f"--images {args.images} --lr {args.lr} --muon-lr {args.muon_lr} --seed {args.seed}"
+    recipe = f"--width {args.width} --images {args.images} --lr {args.lr} --muon-lr {args.muon_lr} --seed {args.seed}"
     args.out.parent.mkdir(parents=True, exist_ok=True)
     save_compact(
         model.state_dict(), args.out, rows=vocabulary.ids, half=True,
