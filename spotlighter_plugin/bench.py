@@ -20,7 +20,6 @@ from rich.table import Table
 
 from .bench_hosts import DTYPES, HOSTS, SHAPES, build_host, logits_of, shape_of, upstream_logits
 from .config import PRESETS, SpotlighterConfig
-from .memory_bank import SemanticMemoryBank
 from .prompting import normalize
 from .stopwatch import OUTSIDE, STAGES, alternate, peak_memory, stages
 from .wrapper import SpotlighterWrapper
@@ -74,7 +73,7 @@ class Setting:
 
 
 class Bench:
-    """One host and one Spotlighter per setting, all around the same model; every bank is full.
+    """One host and one Spotlighter per setting, all around the same model; every bank and memory is full.
 
     settings: differ in preset, select_block and top_k only.
     """
@@ -96,14 +95,16 @@ class Bench:
 
     def _wrap(self, config):
         wrapper = SpotlighterWrapper(self.host, config).eval()
-        for bank in wrapper.plugin.modules():
-            if isinstance(bank, SemanticMemoryBank):
-                bank.prototypes.normal_()
-                bank.filled.fill_(True)
-                bank.is_empty = False
-        if config.prototype_logits:  # as if calibration had found use for every part of the match
-            used = [config.matches(what) for what in ("image", "image", "tokens", "tokens")]
-            wrapper.plugin.shape.copy_(torch.tensor(used))
+        bank, memory = wrapper.plugin.bank, wrapper.plugin.memory
+        bank.prototypes.normal_()
+        bank.filled.fill_(True)
+        bank.is_empty = False
+        if memory is not None:
+            shape = len(bank.filled), config.match_shots, max(config.match_tokens, 1)
+            width = bank.prototypes.shape[-1] * (2 if config.match_tokens else 1)
+            memory.keys = torch.randn(*shape, width, device=self.device).half()
+            memory.filled = torch.ones(shape[:2], dtype=torch.bool, device=self.device)
+            memory.centre, memory.view = torch.zeros(width, device=self.device), torch.eye(width, device=self.device)
         return wrapper
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from .backbones import load_clip
+from .wrapper import SpotlighterWrapper
 
 
 class HiddenStates:
@@ -32,32 +33,51 @@ class HiddenStates:
             )
         self.transform, self.batch_size = build_transform(cfg, is_train=False), batch_size
         self.vision = load_clip(cfg.MODEL.BACKBONE.NAME).visual.eval()
-        self.block = block + len(self.vision.transformer.resblocks) if block < 0 else block
+        n_blocks = len(self.vision.transformer.resblocks)
+        self.block = block + n_blocks if block < 0 else block
         self.rows, self.states = {}, []
+        self.readouts = Readouts(self, n_blocks)
 
-    @torch.no_grad()
     def of(self, paths: list[str]) -> Tensor:
         """(n, 1+N, w) half precision; each image is read and computed once."""
+        self.compute(paths)
+        return torch.stack([self.states[chunk][i] for chunk, i in (self.rows[path] for path in paths)])
+
+    @torch.no_grad()
+    def compute(self, paths: list[str]) -> None:
+        """Compute what is not there yet: the states, and in the same pass what is read out."""
         new = [path for path in dict.fromkeys(paths) if path not in self.rows]
         starts = range(0, len(new), self.batch_size)
         for start in track(starts, "frozen blocks", disable=not new, transient=True):
             part = new[start : start + self.batch_size]
             images = torch.stack([self.transform(read_image(path)) for path in part])  # (b, 3, h, w)
             self.rows |= {path: (len(self.states), i) for i, path in enumerate(part)}
-            self.states.append(self._enter(images).half())
-        return torch.stack([self.states[chunk][i] for chunk, i in (self.rows[path] for path in paths)])
+            for kept, states in zip((self.states, self.readouts.states), self._enter(images), strict=True):
+                kept.append(states.permute(1, 0, 2).half())
 
-    def _enter(self, images: Tensor) -> Tensor:
-        """(b, 3, h, w) → (b, 1+N, w)."""
-        vision, caught = self.vision, {}
-        blocks = vision.transformer.resblocks
-        if self.block == len(blocks):
-            hook = vision.transformer.register_forward_hook(lambda module, args, out: caught.update(x=out[:1]))
-        else:
-            hook = blocks[self.block].register_forward_pre_hook(lambda module, args: caught.update(x=args[0]))
-        vision(images)
-        hook.remove()
-        return caught["x"].permute(1, 0, 2)
+    def _enter(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(b, 3, h, w) → (1+N, b, w) entering the block, and (1, b, w) leaving the last one."""
+        transformer, caught = self.vision.transformer, {}
+        hooks = [transformer.register_forward_hook(lambda module, args, out: caught.update(out=out[:1]))]
+        if self.block < len(transformer.resblocks):
+            entered = transformer.resblocks[self.block]
+            hooks.append(entered.register_forward_pre_hook(lambda module, args: caught.update(x=args[0])))
+        self.vision(images)
+        for hook in hooks:
+            hook.remove()
+        return caught.get("x", caught["out"]), caught["out"]
+
+
+class Readouts:
+    """What a tower reads out, (n, 1, w), for trainers that look at no tokens; kept beside a tower's hidden states."""
+
+    def __init__(self, source: HiddenStates, n_blocks: int):
+        self.source, self.block, self.states = source, n_blocks, []
+
+    def of(self, paths: list[str]) -> Tensor:
+        """(n, 1, w) half precision."""
+        self.source.compute(paths)
+        return torch.stack([self.states[chunk][i] for chunk, i in (self.source.rows[path] for path in paths)])
 
 
 class CachedLoader:
@@ -91,10 +111,12 @@ class CachedTower:
         super().build_data_loader()
         dm, loaders = self.dm, self.cfg.DATALOADER
         self.train_loader_x = CachedLoader(self.states, dm.dataset.train_x, loaders.TRAIN_X.BATCH_SIZE, True)
-        self.val_loader = (
-            None if self.thin > 1 else CachedLoader(self.states, dm.dataset.val, loaders.TEST.BATCH_SIZE, False)
-        )
+        self.val_loader = CachedLoader(self.states, dm.dataset.val, loaders.TEST.BATCH_SIZE, False)
         self.test_loader = CachedLoader(self.states, dm.dataset.test[:: self.thin], loaders.TEST.BATCH_SIZE, False)
+
+    def shot_loader(self):
+        size = self.cfg.DATALOADER.TEST.BATCH_SIZE
+        return CachedLoader(self.states, self.dm.dataset.train_x, size, is_train=False)
 
     def build_model(self):
         super().build_model()
@@ -105,6 +127,9 @@ class CachedTower:
         skipped = [vision.conv1, vision.ln_pre, *vision.transformer.resblocks[: self.states.block]]
         if any(id(p) in trained for module in skipped for p in module.parameters()):
             raise ValueError(f"{type(self).__name__} trains blocks before {self.states.block}: its states change")
+        stages = model.stream.stages if isinstance(model, SpotlighterWrapper) else []
+        if any(len(stage) > len(vision.transformer.resblocks) - self.states.block for stage in stages):
+            raise ValueError(f"{type(self).__name__} selects tokens before block {self.states.block}: set SELECT_BLOCK")
         keep_tail(vision, self.states.block)
 
 

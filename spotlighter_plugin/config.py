@@ -8,7 +8,6 @@ MAPPINGS = ("none", "gated", "full", "linear+linear", "transformer+transformer",
 LEVELS = ("1+2", "1", "2")
 LOSSES = ("gra", "reg_text", "kl_visual", "local")
 SIGNS = ("signed", "positive", "absolute")
-MATCHES = ("image", "tokens", "both")
 
 # One row per option, one dictionary per preset. An option that is left at None takes its preset's value.
 PRESETS = {
@@ -33,9 +32,9 @@ PRESETS = {
         "fuse_dropped": False,
     },
     "default": {
-        "top_k": 32,
+        "top_k": 48,
         "prototypes": 4,
-        "select_block": -1,
+        "select_block": -2,
         "alpha": 0.2,
         "beta": 0.8,
         "lambda1": 0.02,
@@ -50,7 +49,7 @@ PRESETS = {
         "prototype_logits": True,
         "losses": ("gra", "reg_text", "kl_visual", "local"),
         "stages": (),
-        "fuse_dropped": False,
+        "fuse_dropped": True,
     },
     "fast": {
         "top_k": 40,
@@ -114,7 +113,8 @@ class SpotlighterConfig:
     prototypes_in: str | None = None
     """Where the refined prototypes Û enter, Eq. 10: ``sequence``, ``readout`` or ``none``."""
     prototype_logits: bool | None = None
-    """Add the match with the bank's prototypes to the logits of the bank's classes."""
+    """Add to the logits of known classes the match with their remembered training images, weighed on held-out images
+    (``SpotlighterWrapper.remember``, ``calibrate``)."""
     losses: tuple[str, ...] | None = None
     """Auxiliary losses of Eq. 15 in use: names among ``LOSSES``; L_cls is always there."""
     stages: tuple[tuple[int, int], ...] | None = None
@@ -124,9 +124,10 @@ class SpotlighterConfig:
     """Let the tokens that a cut drops go on as one, their mean weighted by their scores."""
     contribution_sign: str = "signed"
     """What ``contribution`` does with tokens that lower the similarity: one of ``SIGNS``."""
-    prototype_match: str = "both"
-    """What ``prototype_logits`` matches with the bank: the kept ``tokens``, the ``image`` embedding that these tokens
-    give, or ``both``. Weight and sharpness are chosen on held-out images (``SpotlighterWrapper.calibrate``)."""
+    match_tokens: int = 8
+    """m ≥ 0, how many of an image's best tokens ``prototype_logits`` matches, each beside CLS; 0: CLS alone."""
+    match_shots: int = 16
+    """V, how many training images per class it remembers."""
     lr_multiplier: float = 1.0
     """Learning rate of the plug-in's parameters as a multiple of the host's."""
     seed: int = 0
@@ -145,7 +146,6 @@ class SpotlighterConfig:
         _one_of("activation", self.activation, ACTIVATIONS)
         _one_of("prototypes_in", self.prototypes_in, ("sequence", "readout", "none"))
         _one_of("contribution_sign", self.contribution_sign, SIGNS)
-        _one_of("prototype_match", self.prototype_match, MATCHES)
         for loss in self.losses:
             _one_of("losses", loss, LOSSES)
         for name, low, high in (
@@ -158,9 +158,12 @@ class SpotlighterConfig:
             ("lambda1", 0, None),
             ("lambda2", 0, None),
             ("lambda3", 0, None),
+            ("match_tokens", 0, None),
+            ("match_shots", 1, None),
             ("lr_multiplier", 0, None),
         ):
-            _number(name, getattr(self, name), low, high, name in ("top_k", "prototypes", "select_block", "seed"))
+            whole = name in ("top_k", "prototypes", "select_block", "match_tokens", "match_shots", "seed")
+            _number(name, getattr(self, name), low, high, whole)
         self.stages = _stages(self.stages, self.top_k)
         for name in ("semantic_activation", "recalculate", "prototype_logits", "fuse_dropped"):
             if not isinstance(getattr(self, name), bool):
@@ -170,11 +173,7 @@ class SpotlighterConfig:
     def uses_bank(self) -> bool:
         """Whether anything reads the bank's token prototypes, so that they have to be kept."""
         has_irm = self.mapping != "none" and self.prototypes_in != "none"
-        return self.semantic_activation or self.matches("tokens") or has_irm or "local" in self.losses
-
-    def matches(self, what: str) -> bool:
-        """Whether ``what``, tokens or image, is matched with the bank."""
-        return self.prototype_logits and self.prototype_match in (what, "both")
+        return self.semantic_activation or has_irm or "local" in self.losses
 
     def check(self, n_tokens: int, n_blocks: int) -> list[int]:
         """Compare with a tower of ``n_tokens`` patch tokens and ``n_blocks`` blocks.

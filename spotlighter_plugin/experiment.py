@@ -22,12 +22,14 @@ class Method:
     """A row of a table: a registered trainer and options as on the command line.
 
     trained_as: name of the row whose training this one goes on from; rows of one such name are trained once.
+    sees_tokens: whether it needs more of the frozen tower than what is read out in the end.
     """
 
     name: str
     trainer: str
     options: dict = field(default_factory=dict)
     trained_as: str = ""
+    sees_tokens: bool = True
 
     def flags(self) -> list[str]:
         return [str(part) for pair in self.options.items() for part in pair]
@@ -65,11 +67,11 @@ class Laboratory:
         dataset: path of the data set's configuration file.
         root: folder of the data sets.
         block: block at which runs start, at most the methods' SELECT_BLOCK; None for whole towers and images.
-        thin: look at every thin-th test image only; on cached states validation is left out then, for a quick look.
+        thin: look at every thin-th test image only.
         classes: the parts that are trained on and tested; ("inner-base", "inner-new") to choose options.
     """
 
-    def __init__(self, dataset: str, root: str = "data", block: int | None = -1, classes=("base", "new"), thin=1):
+    def __init__(self, dataset: str, root: str = "data", block: int | None = -2, classes=("base", "new"), thin=1):
         self.dataset, self.root, self.block, self.classes, self.thin = dataset, root, block, classes, thin
         self.states = None
         self.modules = import_trainers_and_datasets()
@@ -112,7 +114,8 @@ class Laboratory:
         kind = TRAINER_REGISTRY.get(method.trainer)
         if self.block is not None:
             self.states = self.states or HiddenStates(cfg, self.block)
-            kind = type(kind.__name__, (CachedTower, kind), {"states": self.states, "thin": self.thin})
+            states = self.states if method.sees_tokens else self.states.readouts
+            kind = type(kind.__name__, (CachedTower, kind), {"states": states, "thin": self.thin})
         set_random_seed(seed)
         trainer = kind(cfg)
         if self.block is None and self.thin > 1:

@@ -1,86 +1,166 @@
-"""The match with the memory bank: what the shots looked like, as evidence beside the texts.
+"""The match with remembered shots: what the classes' own images looked like, as evidence beside the texts.
 
-The bank holds the shots themselves, so their own match says nothing about that of other images: training leaves the
-match out, and ``choose`` weighs it on held-out images.
+Once training is over, the few tokens that mattered most in each training image are written down, each beside its
+image's CLS, seen along directions that tell classes apart rather than images of one class. A test image's own few
+tokens then vote: each for the classes whose tokens resemble it most. The shots are remembered as they are, so training
+leaves the match out, and ``choose`` weighs it on held-out images.
 """
 
-from itertools import product
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-SHARPNESSES = (3.0, 5.5, 10.0, 20.0)
-SHARES = (0.25, 0.5, 1.0)
-WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0)
-CHUNK = 2**24  # cosines held at once
+from .memory_bank import NamedClasses
+
+CLS_SHARE = 0.5  # length of CLS beside a token of length 1
+RIDGE = 0.1  # of the mean variance within classes, added to every direction's own
+SHORTLIST = 32  # classes per image that are looked at token by token
+SHARPNESSES = (1.0, 3.0, 6.0)
+WEIGHTS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
+CHUNK = 2**22  # numbers that are gathered at once
 
 
-def image_match(image: Tensor, prototypes: Tensor, filled: Tensor, sharpness: float) -> Tensor:
-    """mean_p exp(-b (1 - cos(v, V_c,p))) over the prototypes that exist, around its mean over the classes.
+class ShotMemory(NamedClasses):
+    """Up to V images per class as m keys each; empty until ``write``. Loading a state replaces it, names included.
+
+    Attributes:
+        keys: (C, V, m, D) half precision, unit length.
+        filled: (C, V), which images exist.
+        centre, view: (D,) and (D, D): a description x becomes the key normalize((x - centre) view).
+        sharpness: b of ``votes``, a scalar.
+    """
+
+    def __init__(self, class_names: list[str]):
+        super().__init__(class_names)
+        self.register_buffer("keys", torch.zeros(len(class_names), 0, 0, 0, dtype=torch.half))
+        self.register_buffer("filled", torch.zeros(len(class_names), 0, dtype=torch.bool))
+        self.register_buffer("centre", torch.zeros(0))
+        self.register_buffer("view", torch.zeros(0, 0))
+        self.register_buffer("sharpness", torch.zeros(()))
+
+    @property
+    def is_empty(self) -> bool:
+        return self.keys.numel() == 0
+
+    def write(self, described: Tensor, rows: Tensor) -> None:
+        """Remember images, and learn from them how to look.
+
+        Args:
+            described: (n, m, D), as ``describe`` gives them.
+            rows: (n,), class of each image in 0…C-1.
+        """
+        place = place_in_class(rows)
+        self.centre, self.view = discriminating_view(
+            described.flatten(0, 1), rows.repeat_interleave(described.shape[1])
+        )
+        keys = self.look(described)
+        self.keys = keys.new_zeros(len(self.class_names), int(place.max()) + 1, *keys.shape[1:], dtype=torch.half)
+        self.filled = torch.zeros(self.keys.shape[:2], dtype=torch.bool, device=keys.device)
+        self.keys[rows, place] = keys.half()
+        self.filled[rows, place] = True
+
+    def look(self, described: Tensor) -> Tensor:
+        """Keys of descriptions: (…, D) → (…, D), unit length."""
+        return F.normalize((described - self.centre) @ self.view, dim=-1)
+
+    def coarse(self) -> Tensor:
+        """Each image's mean key: (C, V, D), unit length."""
+        return F.normalize(self.keys.float().mean(2), dim=-1)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        for name, own in list(self._buffers.items()):
+            if prefix + name in state_dict:
+                setattr(self, name, own.new_zeros(state_dict[prefix + name].shape))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def describe(tokens: Tensor, cls: Tensor) -> Tensor:
+    """Each token beside its image's CLS: (B, m, w), (B, w) → (B, m, 2w); without tokens CLS alone, (B, 1, w)."""
+    cls = F.normalize(cls.float(), dim=-1).unsqueeze(1)  # (B, 1, w)
+    if tokens.shape[1] == 0:
+        return cls
+    tokens = F.normalize(tokens.float(), dim=-1)
+    return torch.cat([tokens, CLS_SHARE * cls.expand(-1, tokens.shape[1], -1)], dim=-1)
+
+
+def discriminating_view(described: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Directions weighed so that images of one class differ alike in all of them: S^(-1/2).
+
+    S is the covariance within classes, with ``RIDGE`` of its mean variance added in every direction.
 
     Args:
-        image: v, (B, d), unit length.
-        prototypes: (C, P, d), unit length.
-        filled: (C, P).
-        sharpness: b.
+        described: (n, D).
+        rows: (n,), their classes.
 
     Returns:
-        (B, C); 0 for classes without prototypes.
+        The centre (D,) and the view (D, D).
     """
-    cosine = torch.einsum("bd,cpd->bcp", image, prototypes)
-    votes = torch.exp(-sharpness * (1 - cosine)) * filled
-    return _centred(votes.sum(-1) / filled.sum(-1).clamp(min=1), filled.any(-1))
+    described = described.double()
+    classes, index = rows.unique(return_inverse=True)
+    sums = described.new_zeros(len(classes), described.shape[1]).index_add_(0, index, described)
+    within = described - (sums / index.bincount().unsqueeze(1))[index]
+    covariance = within.T @ within / len(described)
+    covariance.diagonal().add_(RIDGE * covariance.diagonal().mean() + 1e-6)
+    variance, axes = torch.linalg.eigh(covariance)
+    return described.mean(0).float(), (axes * variance.rsqrt() @ axes.T).float()
 
 
-def token_match(tokens: Tensor, prototypes: Tensor, filled: Tensor, sharpness: float) -> Tensor:
-    """mean_i max_p exp(-b (1 - cos(h_i, U_c,p))), around its mean over the classes; classes go through in chunks.
+def resemblance(queries: Tensor, memory: ShotMemory, coarse: Tensor) -> tuple[Tensor, Tensor]:
+    """max_r cos(q_i, K_c,r) of each query token with the keys of the classes that its image resembles most.
+
+    Without a shortlist each token would meet all C·V·m keys; with it, what grows with C is one mean key per image.
 
     Args:
-        tokens: (B, k, w), unit length.
-        prototypes: (C, P, w), unit length.
-        filled: (C, P).
-        sharpness: b.
+        queries: (B, m, D), unit length.
+        coarse: ``memory.coarse()``.
 
     Returns:
-        (B, C); 0 for classes without prototypes.
+        The cosines (B, m, S) and the classes (B, S), S = min(``SHORTLIST``, C).
     """
-    step = max(1, CHUNK // (tokens.shape[0] * tokens.shape[1] * prototypes.shape[1]))
-    parts = []
-    for some, exist in zip(prototypes.split(step), filled.split(step), strict=True):
-        cosine = torch.einsum("bkd,cpd->bkcp", tokens, some).masked_fill(~exist, -torch.inf)
-        parts.append(torch.exp(-sharpness * (1 - cosine.amax(-1))).mean(1))
-    return _centred(torch.cat(parts, dim=1), filled.any(-1))
+    keys, filled = memory.keys, memory.filled
+    overall = F.normalize(queries.mean(1), dim=-1)  # (B, D)
+    alike = torch.einsum("be,cve->bcv", overall, coarse).masked_fill(~filled, -torch.inf).amax(-1)  # (B, C)
+    classes = alike.topk(min(SHORTLIST, len(keys)), dim=1).indices  # (B, S)
+    step = max(1, CHUNK // (classes.shape[1] * keys[0].numel()))
+    cosines = []
+    for some, mine in zip(queries.split(step), classes.split(step), strict=True):
+        cosine = torch.einsum("bie,bsvje->bisvj", some, keys[mine].to(some.dtype))
+        cosine = cosine.masked_fill(~filled[mine][:, None, :, :, None], -torch.inf)
+        cosines.append(cosine.flatten(3).amax(-1))
+    return torch.cat(cosines), classes
 
 
-def _centred(match: Tensor, present: Tensor) -> Tensor:
-    return (match - (match * present).sum(-1, keepdim=True) / present.sum().clamp(min=1)) * present
+def votes(cosines: Tensor, classes: Tensor, sharpness: float, n_classes: int) -> Tensor:
+    """mean_i exp(-b (1 - cos_i)), what of it exceeds the shortlist's mean; 0 for all other classes: (B, C)."""
+    match = torch.exp(-sharpness * (1 - cosines)).mean(1)  # (B, S)
+    match = (match - match.mean(1, keepdim=True)).clamp(min=0)
+    return match.new_zeros(len(match), n_classes).scatter(1, classes, match)
 
 
-def choose(logits: Tensor, labels: Tensor, images: list[Tensor], tokens: list[Tensor]) -> tuple[float, Tensor, float]:
-    """The weight and the shape of the match with which most held-out images are right; of equals the lightest.
+def choose(logits: Tensor, labels: Tensor, matches: list[Tensor]) -> tuple[float, float, float]:
+    """The sharpness and weight of the match with which most held-out images are right; of equals the lightest.
 
     Args:
         logits: (n, C), from the texts alone.
         labels: (n,).
-        images: ``image_match`` at each of ``SHARPNESSES``, (n, C) each; empty where it is not used.
-        tokens: ``token_match`` likewise.
+        matches: ``votes`` at each of ``SHARPNESSES``, (n, C) each.
 
     Returns:
-        The weight, the shape (4,) as in ``Plugin.shape``, and the share of images that it gets right.
+        Sharpness, weight, and the share of images that they get right.
     """
-    right = logits.argmax(1).eq(labels).float().mean().item()
-    best = (0.0, torch.tensor([0.0, 0.0, 0.0, 0.0]), right)
-    shares = SHARES if images and tokens else (1.0,)
-    grid = product(range(len(SHARPNESSES)) if images else [None], range(len(SHARPNESSES)) if tokens else [None], shares)
-    for i, j, share in grid:
-        shape, match = [0.0] * 4, 0.0
-        for at, index, part, relative in ((0, i, images, 1.0), (2, j, tokens, share)):
-            if index is not None:
-                gain = relative / part[index].std().clamp(min=1e-6).item()
-                shape[at : at + 2] = SHARPNESSES[index], gain
-                match = match + gain * part[index]
+    best = (SHARPNESSES[0], 0.0, logits.argmax(1).eq(labels).float().mean().item())
+    for sharpness, match in zip(SHARPNESSES, matches, strict=True):
+        gain = 1 / match.amax(1).mean().clamp(min=1e-6).item()
         for weight in WEIGHTS[1:]:
-            accuracy = (logits + weight * match).argmax(1).eq(labels).float().mean().item()
-            if accuracy > best[2] or (accuracy == best[2] and 0 < weight < best[0]):
-                best = (weight, torch.tensor(shape), accuracy)
+            right = (logits + weight * gain * match).argmax(1).eq(labels).float().mean().item()
+            if right > best[2]:
+                best = (sharpness, weight * gain, right)
     return best
+
+
+def place_in_class(rows: Tensor) -> Tensor:
+    """How many earlier images are of the same class: (n,) → (n,)."""
+    order = rows.argsort(stable=True)
+    ordered = rows[order]
+    first = torch.searchsorted(ordered, ordered)
+    return torch.empty_like(rows).scatter_(0, order, torch.arange(len(rows), device=rows.device) - first)

@@ -4,7 +4,25 @@ import torch
 from torch import Tensor, nn
 
 
-class SemanticMemoryBank(nn.Module):
+class NamedClasses(nn.Module):
+    """Something that is kept per class, with the classes' names in its state."""
+
+    def __init__(self, class_names: list[str]):
+        super().__init__()
+        # Names are a tensor, so that a checkpoint holds tensors alone.
+        self.register_buffer("names", torch.tensor(list("\n".join(class_names).encode()), dtype=torch.uint8))
+
+    @property
+    def class_names(self) -> list[str]:
+        return bytes(self.names.tolist()).decode().split("\n")
+
+    def columns(self, class_names: list[str]) -> list[int]:
+        """Own row for each name; -1 where there is no such class."""
+        rows = {name: row for row, name in enumerate(self.class_names)}
+        return [rows.get(name, -1) for name in class_names]
+
+
+class SemanticMemoryBank(NamedClasses):
     """U: P prototypes per class in the hidden space of the vision tower, kept with the names of the classes.
 
     Loading a state replaces the bank whole, class names, number of classes and number of prototypes included.
@@ -16,21 +34,10 @@ class SemanticMemoryBank(nn.Module):
     """
 
     def __init__(self, class_names: list[str], prototypes: int, width: int):
-        super().__init__()
+        super().__init__(class_names)
         self.is_empty = True  # known without asking the device
         self.register_buffer("prototypes", torch.zeros(len(class_names), prototypes, width))  # (C, P, w)
         self.register_buffer("filled", torch.zeros(len(class_names), prototypes, dtype=torch.bool))  # (C, P)
-        # Names are a tensor, so that a checkpoint holds tensors alone.
-        self.register_buffer("names", torch.tensor(list("\n".join(class_names).encode()), dtype=torch.uint8))
-
-    @property
-    def class_names(self) -> list[str]:
-        return bytes(self.names.tolist()).decode().split("\n")
-
-    def columns(self, class_names: list[str]) -> list[int]:
-        """Row of the bank for each name; -1 where the bank does not know the class."""
-        rows = {name: row for row, name in enumerate(self.class_names)}
-        return [rows.get(name, -1) for name in class_names]
 
     def of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Prototypes of the given classes (B, P, w) and which of them exist (B, P)."""

@@ -80,7 +80,7 @@ class SpotlighterTrainerMixin:
             return self.model(images)
 
     def save_model(self, epoch, directory, *args, **kwargs):
-        self._calibrate()
+        self._remember()
         super().save_model(epoch, directory, *args, **kwargs)
 
     def load_model(self, directory, epoch=None):
@@ -103,19 +103,30 @@ class SpotlighterTrainerMixin:
         plugin.load_state_dict(checkpoint["state_dict"])
         print(f'Loaded {self.folder} from "{path}" (epoch = {checkpoint["epoch"]})')
 
-    def _calibrate(self):
-        """Weigh the match with the bank on the validation split, so that the checkpoint holds the weight."""
+    def shot_loader(self):
+        """The training images in order, once each and without augmentation."""
+        from dassl.data.data_manager import build_data_loader
+        from dassl.data.transforms import build_transform
+
+        transform, size = build_transform(self.cfg, is_train=False), self.cfg.DATALOADER.TEST.BATCH_SIZE
+        return build_data_loader(
+            self.cfg, "SequentialSampler", self.dm.dataset.train_x, size, tfm=transform, is_train=False
+        )
+
+    def _remember(self):
+        """Write the shots down and weigh the match with them on the validation split; the checkpoint holds both."""
         if not self.model.config.prototype_logits:
             return
         if self.val_loader is None:
-            print("No validation split: the match with the memory bank stays unweighed, PROTOTYPE_LOGITS has no effect")
+            print("No validation split: the match with the shots cannot be weighed, PROTOTYPE_LOGITS has no effect")
             return
-        batches = (self.parse_batch_test(batch) for batch in self.val_loader)
+        pairs = lambda loader: (self.parse_batch_test(batch) for batch in loader)  # noqa: E731
         with torch.random.fork_rng(), torch.autocast(self.device.type, enabled=self._precision() == "amp"):
-            right = self.model.calibrate(batches)
+            count = self.model.remember(pairs(self.shot_loader()))
+            right = self.model.calibrate(pairs(self.val_loader))
         if right is not None:
             weight = self.model.plugin.mapping.match_weight.item()
-            print(f"Match with the memory bank: weight {weight:g}, {100 * right:.1f} % of the validation split right")
+            print(f"Match with {count} shots: weight {weight:.3g}, {100 * right:.1f} % of the validation split right")
 
     def _precision(self):
         """The host's PREC: fp16, fp32 or amp."""

@@ -1,5 +1,6 @@
 """SpotlighterWrapper: the method around one host."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -11,27 +12,25 @@ from . import activation, losses
 from .config import SpotlighterConfig
 from .hosts import adapter_for
 from .mapping import build_mapping
-from .match import SHARPNESSES, choose, image_match, token_match
-from .memory_bank import SemanticMemoryBank, affinity
+from .match import SHARPNESSES, ShotMemory, choose, describe, place_in_class, resemblance, votes
+from .memory_bank import NamedClasses, SemanticMemoryBank, affinity
 from .token_stream import TokenStream, check_tower
 
 
 class Plugin(nn.Module):
-    """What Spotlighter adds to a host and saves: the memory bank and the trained mapping.
+    """What Spotlighter adds to a host and saves.
 
     Attributes:
         bank: prototypes of tokens, as they enter block s.
-        views: prototypes of whole images, as CLS leaves the tower after block s…L-1 on the kept tokens; or None.
-        shape: (4,), sharpness and gain of the image's match with ``views``, then of the tokens' with ``bank``;
-            None where nothing is matched.
+        memory: the training images' best tokens beside their CLS; None without ``prototype_logits``.
+        mapping: what is trained.
     """
 
     def __init__(self, config: SpotlighterConfig, class_names: list[str], width: int, dim: int, heads: int):
         super().__init__()
         self.bank = SemanticMemoryBank(class_names, config.prototypes, width)
-        self.views = SemanticMemoryBank(class_names, config.prototypes, width) if config.matches("image") else None
+        self.memory = ShotMemory(class_names) if config.prototype_logits else None
         self.mapping = build_mapping(config, width, dim, heads)
-        self.register_buffer("shape", torch.zeros(4) if config.prototype_logits else None)
         self.cache = {}  # what stays the same between two calls of train() or eval()
 
     def train(self, mode: bool = True):
@@ -67,7 +66,8 @@ class _Step:
     scale: Tensor  # 1/τ
     rows: Tensor | None = None  # (B,), the bank's row of each image; None at inference
     tokens: Tensor | None = None  # z of the kept tokens, best first, (B, k, d)
-    matched: Tensor | None = None  # the same tokens as block s sees them, unit length, (B, k, w)
+    describes: bool = False  # whether the match needs the image's description
+    described: Tensor | None = None  # its m best tokens beside its CLS, (B, m, D); without CLS on the way
     alive: Tensor | None = None  # (B, n) in 0…N-1, the tokens that earlier cuts left; None before any cut
     fused: Tensor | None = None  # the token that stands for the dropped ones, (1, B, w)
     category: Tensor | None = None  # c*, (B,)
@@ -133,39 +133,78 @@ class SpotlighterWrapper(nn.Module):
         return self.plugin.load_state_dict(state_dict, strict, assign)
 
     @torch.no_grad()
+    def remember(self, batches) -> int:
+        """Write the training images into the memory, as the trained model sees them; replaces what was there.
+
+        Args:
+            batches: pairs of images (B, 3, h, w) and labels (B,); of a class the first ``match_shots`` are taken.
+
+        Returns:
+            The number of images remembered; 0 if nothing is matched.
+        """
+        plugin, limit = self.plugin, self.config.match_shots
+        if plugin.memory is None:
+            return 0
+        device = plugin.bank.prototypes.device
+        seen = torch.zeros(len(self.class_names), dtype=torch.long, device=device)
+        described, rows = [], []
+        with self._evaluating():
+            for images, labels in batches:
+                labels = self.adapter.assignment_labels(images, labels)
+                new = place_in_class(labels) + seen[labels] < limit
+                if not new.any():
+                    continue
+                step = self._begin(images[new])[1]
+                step.describes = True
+                self._encode(step)
+                described.append(step.described)
+                rows.append(labels[new])
+                seen += labels[new].bincount(minlength=len(seen))
+            if rows:
+                plugin.memory = ShotMemory(self.class_names).to(device)
+                plugin.memory.write(torch.cat(described), torch.cat(rows))
+        return sum(map(len, rows))
+
+    @torch.no_grad()
     def calibrate(self, batches) -> float | None:
-        """Weigh the match with the bank on held-out images of the bank's classes, never on the bank's own images.
+        """Weigh the match with the memory on held-out images of its classes, never on the remembered ones.
 
         Args:
             batches: pairs of images (B, 3, h, w) and labels (B,).
 
         Returns:
-            The share of these images that the calibrated model gets right; None if there is no match or no bank yet.
+            The share of these images that the calibrated model gets right; None if there is nothing to match.
         """
-        weight, plugin = self.plugin.mapping.match_weight, self.plugin
-        if weight is None or not self._match_is_ready():
+        weight, memory = self.plugin.mapping.match_weight, self.plugin.memory
+        weight is None or weight.zero_()
+        if not self._match_is_ready():
             return None
+        logits, labels, matches, right = [], [], [], None
+        with self._evaluating():
+            for images, targets in batches:
+                step = self._begin(images)[1]
+                image = self._encode(step)
+                logits.append(self._logits(image, step.tokens, step))
+                labels.append(targets)
+                matches.append([self._match(step, b) for b in SHARPNESSES])
+            if logits:
+                matches = [torch.cat(match) for match in zip(*matches, strict=True)]
+                sharpness, chosen, right = choose(torch.cat(logits), torch.cat(labels), matches)
+                memory.sharpness.fill_(sharpness)
+                weight.fill_(chosen)
+        return right
+
+    @contextmanager
+    def _evaluating(self):
+        """Evaluation mode for a while, with nothing left in the cache that was computed otherwise."""
         modes = [(module, module.training) for module in self.modules()]
         self.eval()
-        weight.zero_()
-        logits, labels, image_matches, token_matches = [], [], [], []
-        for images, targets in batches:
-            step = self._begin(images)[1]
-            image = self._encode(step)
-            logits.append(self._logits(image, step.tokens, step))
-            labels.append(targets)
-            image_matches.append([self._image_match(image, b) for b in SHARPNESSES if plugin.views is not None])
-            token_matches.append([self._token_match(step.matched, b) for b in SHARPNESSES if step.matched is not None])
-        chosen, right = 0.0, None
-        if logits:
-            joined = [[torch.cat(p) for p in zip(*part, strict=True)] for part in (image_matches, token_matches)]
-            chosen, shape, right = choose(torch.cat(logits), torch.cat(labels), *joined)
-            plugin.shape.copy_(shape)
-        weight.fill_(chosen)
-        for module, mode in modes:
-            module.training = mode
-        plugin.cache.clear()
-        return right
+        try:
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            self.plugin.cache.clear()
 
     def refresh(self) -> None:
         """Forget cached text embeddings; needed only when prompts change without a call of train() or eval()."""
@@ -175,6 +214,7 @@ class SpotlighterWrapper(nn.Module):
         raw_text, step = self._begin(images)
         if labels is not None:
             step.rows = self._rows()[self.adapter.assignment_labels(images, labels)]  # (B,)
+            step.describes = step.describes and not self.plugin.training  # the memory holds these very images
         image = self._encode(step)  # (B, d)
         with torch.autocast(images.device.type, enabled=False):
             logits = self._logits(image, step.tokens, step)
@@ -193,16 +233,15 @@ class SpotlighterWrapper(nn.Module):
         constant = not self.adapter.train_text
         raw_text = self._cached("raw text", self.adapter.encode_text, constant)  # (C, d)
         text = self._cached("text", lambda: F.normalize(raw_text.float(), dim=-1), constant)  # (C, d)
-        return raw_text, _Step(images, text, self.adapter.logit_scale.float())
+        return raw_text, _Step(images, text, self.adapter.logit_scale.float(), describes=self._match_is_ready())
 
     def _encode(self, step: _Step) -> Tensor:
         """One pass through the tower: v before normalization, (B, d)."""
         early = (partial(self._cut, step, stage, k) for stage, (_, k) in enumerate(self.config.stages))
         with self.stream.selecting(*early, lambda hidden: self._choose(hidden, step)) as stream:
             image = self.adapter.encode_image(step.images)  # (B, d)
-            if step.rows is not None and self.plugin.training and self.plugin.views is not None:
-                cls = stream.output[0].detach().unsqueeze(1)  # (B, 1, w)
-                self.plugin.views.update(cls, self._project(cls), step.rows, self.config.beta, self._project)
+            if step.describes:
+                step.described = describe(step.described, stream.vision.ln_post(stream.output[0]))  # (B, m, D)
             return self._readout(image, stream.output, step.refined)
 
     # ------------------------------------------------------------------------------------------------- inside the tower
@@ -214,7 +253,14 @@ class SpotlighterWrapper(nn.Module):
             kept = activation.top_tokens(self._of_tokens(scores, step), k)  # (B, k)
         step.fused = self._fuse(hidden, scores, kept)
         step.alive = self._original(kept, step)
+        self._note_for_match(hidden, kept, step)
         return self._sequence(hidden, self.stream.tokens(hidden, kept), step)[0]
+
+    def _note_for_match(self, hidden: Tensor, kept: Tensor, step: _Step) -> None:
+        """At the first cut, the best tokens (B, m, w) as the block there sees them."""
+        if step.describes and step.described is None:
+            best = self.stream.tokens(hidden, kept[:, : self.config.match_tokens])  # (m, B, w)
+            step.described = self.stream.stages[0][0].ln_1(best).transpose(0, 1)
 
     def _of_tokens(self, scores: Tensor, step: _Step) -> Tensor:
         """Scores (B, n) without that of a token which stands for others: (B, n) or (B, n-1)."""
@@ -240,6 +286,7 @@ class SpotlighterWrapper(nn.Module):
                 scores = scores + activation.standardise(self._semantic_score(hidden, every, step))
             kept = activation.top_tokens(self._of_tokens(scores, step), config.top_k)  # tok^act, (B, k)
             dropped = scores, kept
+            self._note_for_match(hidden, kept, step)
             if training and self.plugin.training and config.uses_bank:
                 chosen = stream.tokens(hidden, kept).transpose(0, 1)  # (B, k, w)
                 self.plugin.bank.update(chosen, self._project(chosen), step.rows, config.beta, self._project)
@@ -257,8 +304,6 @@ class SpotlighterWrapper(nn.Module):
         tokens = stream.tokens(hidden, kept)  # (k, B, w)
         if self._reads_tokens(training):
             step.tokens = self._project(tokens).transpose(0, 1)  # (B, k, d)
-        if config.matches("tokens") and not (training and self.plugin.training):
-            step.matched = self._as_block_sees(tokens).transpose(0, 1)  # (B, k, w)
         stream.head_scale = self.plugin.mapping.head_scale()
         sequence, step.refined = self._sequence(hidden, tokens, step)
         if training:
@@ -357,45 +402,29 @@ class SpotlighterWrapper(nn.Module):
         return image + weight * joint.float().mean(0)
 
     def _logits(self, image: Tensor, tokens: Tensor | None, step: _Step) -> Tensor:
-        """cos(v, t^rep)/τ, and except while learning the weighed match with the bank: (B, d), (B, k, d) → (B, C)."""
-        mapping, plugin = self.plugin.mapping, self.plugin
+        """cos(v, t^rep)/τ, and the weighed match with the memory where it is wanted: (B, d), (B, k, d) → (B, C)."""
+        mapping, memory = self.plugin.mapping, self.plugin.memory
         logits = step.scale * mapping.text(step.text, tokens, step.scale).cosine(image, mapping.joint_gate())  # (B, C)
-        learning = step.rows is not None and plugin.training  # from images that the bank holds
-        if learning or mapping.match_weight is None or not self._match_is_ready():
+        if not step.describes:
             return logits
-        sharp_image, gain_image, sharp_tokens, gain_tokens = self._cached("shape", plugin.shape.tolist)
-        match = 0.0
-        if gain_image:
-            match = match + gain_image * self._image_match(image, sharp_image)
-        if gain_tokens:
-            match = match + gain_tokens * self._token_match(step.matched, sharp_tokens)
-        return logits + mapping.match_weight * match
+        return logits + mapping.match_weight * self._match(step, self._cached("sharpness", memory.sharpness.item))
 
     def _match_is_ready(self) -> bool:
-        """Whether every bank that the match reads holds something."""
-        banks = {"image": self.plugin.views, "tokens": self.plugin.bank}
-        return not any(bank.is_empty for what, bank in banks.items() if self.config.matches(what))
+        """Whether something is matched, something is remembered, and the model has a class of the memory's."""
+        memory = self.plugin.memory
+        if memory is None or memory.is_empty:
+            return False
+        return self._cached(
+            "is known", lambda: any(row >= 0 for row in memory.columns(self.class_names)), constant=True
+        )
 
-    def _image_match(self, image: Tensor, sharpness: float) -> Tensor:
-        views = self.plugin.views
-        prototypes = self._cached("views", lambda: self._gated(self._project(views.prototypes)))  # (C, P, d)
-        gated = self._gated(F.normalize(image, dim=-1))
-        return self._of_own_classes(image_match(gated, prototypes, views.filled, sharpness))
-
-    def _token_match(self, matched: Tensor, sharpness: float) -> Tensor:
-        bank = self.plugin.bank
-        prototypes = self._cached("bank", lambda: self._as_block_sees(bank.prototypes))  # (C, P, w)
-        return self._of_own_classes(token_match(matched, prototypes, bank.filled, sharpness))
-
-    def _of_own_classes(self, match: Tensor) -> Tensor:
-        """From the bank's classes to the model's, 0 for those that the bank does not know: (B, C)."""
-        rows = self._rows()  # (C,)
+    def _match(self, step: _Step, sharpness: float) -> Tensor:
+        """The match in the model's own classes, 0 for those that the memory does not know: (B, C)."""
+        memory = self.plugin.memory
+        cosines, classes = resemblance(memory.look(step.described), memory, self._cached("coarse", memory.coarse))
+        match = votes(cosines, classes, sharpness, len(memory.keys))
+        rows = self._cached("memory's rows", lambda: self._rows_of(memory))  # (C,)
         return match[:, rows.clamp(min=0)] * (rows >= 0)
-
-    def _as_block_sees(self, hidden: Tensor) -> Tensor:
-        """Hidden states (…, w) through block s's first LayerNorm, unit length, float32."""
-        norm = self.stream.block.ln_1
-        return F.normalize(norm(hidden.to(norm.weight.dtype)).float(), dim=-1)
 
     def _losses(self, image: Tensor, logits: Tensor, labels: Tensor, step: _Step, extras: dict) -> dict[str, Tensor]:
         config, adapter, mapping = self.config, self.adapter, self.plugin.mapping
@@ -451,9 +480,10 @@ class SpotlighterWrapper(nn.Module):
 
     def _rows(self) -> Tensor:
         """Row of the bank for each of the model's classes, -1 for none: (C,)."""
-        bank = self.plugin.bank
-        make = lambda: torch.tensor(bank.columns(self.class_names), device=bank.prototypes.device)  # noqa: E731
-        return self._cached("rows", make, constant=True)
+        return self._cached("rows", lambda: self._rows_of(self.plugin.bank), constant=True)
+
+    def _rows_of(self, kept: NamedClasses) -> Tensor:
+        return torch.tensor(kept.columns(self.class_names), device=kept.names.device)
 
     def _cached(self, name: str, make, constant: bool = False) -> Tensor:
         """Keep what ``make`` gives, if it is constant or nothing is being trained."""

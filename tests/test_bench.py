@@ -43,7 +43,7 @@ def small_bench(host="coop", sweep="", **options):
 def test_a_record_has_exactly_the_promised_keys_on_every_host(host):
     (record,) = small_bench(host).inference()
     assert list(record) == KEYS
-    assert record["host"] == host and record["select_block"] == 2 and record["device"] == "cpu"
+    assert record["host"] == host and record["select_block"] == 1 and record["device"] == "cpu"
     assert all(record[key] > 0 for key in KEYS if "per_second" in key or "speedup" in key or "memory" in key)
 
 
@@ -131,15 +131,14 @@ def test_stages_add_up_to_the_pass_and_leave_the_wrapper_as_it_was():
     assert torch.equal(before, after) and vars(wrapper).keys() == own.keys()
 
 
-@pytest.mark.parametrize("match", ["image", "tokens"])
-def test_the_match_with_the_bank_is_timed(match, monkeypatch):
-    wrapper, calls = small_bench(options=("PROTOTYPE_MATCH", match)).wrappers[0], []
-    for name in ("image_match", "token_match"):
-        own = getattr(wrapper_module, name)
-        monkeypatch.setattr(wrapper_module, name, lambda *args, own=own, name=name: calls.append(name) or own(*args))
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_the_match_with_a_full_memory_is_timed(tokens, monkeypatch):
+    wrapper, calls, own = small_bench(options=("MATCH_TOKENS", str(tokens))).wrappers[0], [], wrapper_module.resemblance
+    monkeypatch.setattr(wrapper_module, "resemblance", lambda *args: calls.append(args[0].shape) or own(*args))
+    assert wrapper.plugin.memory.filled.all() and wrapper.plugin.memory.filled.shape == (5, 16)
     with torch.no_grad():
         wrapper(torch.randn(2, 3, 32, 32))
-    assert calls == [{"image": "image_match", "tokens": "token_match"}[match]]
+    assert [shape[:2] for shape in calls] == [(2, max(tokens, 1))]
 
 
 def test_the_bank_is_full_so_that_its_match_is_timed():
@@ -148,14 +147,17 @@ def test_the_bank_is_full_so_that_its_match_is_timed():
     assert wrapper._has_semantics()
 
 
+ALONE = "FUSE_DROPPED", "False"
+
+
 @pytest.mark.parametrize(
     "s,k,options,limit",
     [
-        (11, 32, (), 1.075),
-        (4, 32, (), 2.247),
+        (11, 32, (*ALONE,), 1.075),
+        (4, 32, (*ALONE,), 2.247),
         (0, 196, (), 1.0),
-        (4, 31, ("FUSE_DROPPED", "True"), 2.247),
-        (-2, 32, ("STAGES", "((3, 64),)"), 2.126),
+        (4, 31, (), 2.247),
+        (-2, 32, (*ALONE, "STAGES", "((3, 64),)"), 2.126),
     ],
 )  # 12 / (11 + 33/197), …, 12 / (3 + 7 · 65/197 + 2 · 33/197), by hand
 def test_the_arithmetic_limit_is_that_of_blocks_times_tokens(s, k, options, limit):
@@ -167,7 +169,7 @@ def test_a_sweep_is_every_combination():
     settings = bench.swept({"backbone": SMALL}, "select_block=1,-1,top_k=4,8,16")
     assert [(s.select_block, s.top_k) for s in settings] == [(1, 4), (1, 8), (1, 16), (-1, 4), (-1, 8), (-1, 16)]
     settings = bench.swept({"backbone": "ViT-B/16"}, "preset=default,fast")
-    assert [s.cuts[-1] for s in settings] == [(11, 32), (4, 40)]
+    assert [s.cuts[-1] for s in settings] == [(10, 48), (4, 40)]
 
 
 def test_the_command_writes_records_and_a_picture(tmp_path, capsys):

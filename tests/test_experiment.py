@@ -31,14 +31,14 @@ def outcome(base, new):
 def test_cached_states_give_the_logits_of_whole_images(tmp_path, few_scenes, name, options):
     method = Method(name, name, {**SHORT, **options})
     logits = {}
-    for block in (-1, None):
+    for block in (-2, None):
         with contextlib.redirect_stdout(io.StringIO()):
             trainer = Laboratory(DATASET, str(tmp_path), block).trainer(method, 1, "base", str(tmp_path / f"{block}"))
         trainer.set_model_mode("eval")
         with torch.no_grad():
             logits[block] = trainer.model_inference(next(iter(trainer.test_loader))["img"])
-    assert torch.allclose(logits[-1], logits[None], atol=0.05)
-    assert logits[-1].std() > 0.05
+    assert torch.allclose(logits[-2], logits[None], atol=0.05)
+    assert logits[-2].std() > 0.05
 
 
 def test_an_experiment_tests_every_image_of_both_halves(tmp_path, few_scenes):
@@ -99,3 +99,16 @@ def test_a_paired_interval_is_tight_where_methods_agree_image_by_image():
     unpaired = outcome(rng.permutation(base), rng.permutation(new))
     _, wide_low, wide_high = paired_interval([outcome(better, new)], [unpaired])
     assert wide_high - wide_low > 2 * (high - low)
+
+
+def test_states_behind_a_methods_cut_and_readouts_for_its_tokens_are_refused_in_one_line(tmp_path, few_scenes):
+    laboratory = Laboratory(DATASET, str(tmp_path), block=-1)
+    with pytest.raises(ValueError, match="SELECT_BLOCK") as error:
+        laboratory.run(Method("CoOpSpotlighter", "CoOpSpotlighter", SHORT), 1)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_read_out_is_the_same_whether_tokens_are_kept_or_not(tmp_path, few_scenes):
+    laboratory = Laboratory(DATASET, str(tmp_path))
+    first, again = (laboratory.run(Method("CoOp", "CoOp", SHORT, sees_tokens=sees), 1) for sees in (True, False))
+    assert np.mean([np.mean(first.correct[part] == again.correct[part]) for part in ("base", "new")]) > 0.9

@@ -1,5 +1,6 @@
-"""The match with the bank: literal values, absent classes, chunks, and what calibration chooses."""
+"""The match with remembered shots: literal values, absent classes, the shortlist, and what calibration chooses."""
 
+import io
 import math
 
 import pytest
@@ -10,73 +11,125 @@ from hypothesis import strategies as st
 
 from spotlighter_plugin import match
 
-B, K, C, P, D = 3, 4, 5, 2, 6
-FILLED = torch.tensor([[True, True], [True, False], [False, False], [True, True], [False, True]])
+NAMES, M, W = ["ant", "bee", "cat", "doe", "elk"], 3, 4
+ROWS = torch.tensor([3, 0, 0, 1, 3, 0, 4])  # nothing of "cat"
 
 
-def units(*shape, seed=0):
-    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def literal(values):
-    """Around its mean over the classes that exist; 0 for the others."""
-    mean = sum(v for v in values if v is not None) / sum(v is not None for v in values)
-    return [0.0 if v is None else v - mean for v in values]
+def described(n, m=M, seed=0):
+    return match.describe(random(n, m, W, seed=seed), random(n, W, seed=seed + 1))
 
 
-def test_the_images_match_is_the_mean_vote_of_the_prototypes_that_exist():
-    image, prototypes = units(B, D), units(C, P, D, seed=1)
-    for b, row in enumerate(match.image_match(image, prototypes, FILLED, 4.0)):
-        values = []
-        for c in range(C):
-            votes = [
-                math.exp(-4.0 * (1 - float(image[b].double() @ prototypes[c, p].double())))
-                for p in range(P)
-                if FILLED[c, p]
-            ]
-            values.append(sum(votes) / len(votes) if votes else None)
-        torch.testing.assert_close(row, torch.tensor(literal(values)), atol=1e-5, rtol=1e-4)
+def memory(m=M):
+    shots = match.ShotMemory(NAMES)
+    shots.write(described(len(ROWS), m), ROWS)
+    return shots
 
 
-@pytest.mark.parametrize("chunk", [1, 2**24])
-def test_the_tokens_match_is_the_mean_of_each_tokens_best_prototype_in_chunks_or_not(monkeypatch, chunk):
+def unit(x):
+    x = x.double()
+    return x / x.norm()
+
+
+@pytest.mark.parametrize("m", [0, M])
+def test_a_token_is_described_beside_its_images_cls_and_cls_alone_without_tokens(m):
+    tokens, cls = random(2, m, W), random(2, W, seed=1)
+    found = match.describe(tokens, cls)
+    assert found.shape == (2, max(m, 1), 2 * W if m else W)
+    for b in range(2):
+        for i in range(max(m, 1)):
+            literal = torch.cat([unit(tokens[b, i]), 0.5 * unit(cls[b])]) if m else unit(cls[b])
+            torch.testing.assert_close(found[b, i].double(), literal, atol=1e-6, rtol=1e-5)
+
+
+def test_seen_through_the_view_differences_within_a_class_are_alike_in_every_direction():
+    scale = torch.tensor([5.0, 1.0, 0.2, 1.0])
+    rows = torch.arange(40).repeat_interleave(50)
+    x = random(40, 4, seed=2)[rows] + random(len(rows), 4, seed=3) * scale
+    centre, view = match.discriminating_view(x, rows)
+    torch.testing.assert_close(centre, x.mean(0))
+    seen = (x - centre) @ view
+    within = seen - torch.stack([seen[rows == c].mean(0) for c in range(40)])[rows]
+    spread = within.square().mean(0).sqrt()
+    plain = (scale.square() / (scale.square() + match.RIDGE * scale.square().mean())).sqrt()
+    torch.testing.assert_close(spread, plain, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("m", [0, M])
+def test_what_is_written_is_found_again_under_its_class_and_nowhere_else(m):
+    shots = memory(m)
+    keys = shots.look(described(len(ROWS), m))
+    for row, name in enumerate(NAMES):
+        own = [key for key, r in zip(keys, ROWS.tolist(), strict=True) if r == row]
+        assert shots.filled[row].sum() == len(own), name
+        for v, key in enumerate(own):
+            torch.testing.assert_close(shots.keys[row, v].float(), key, atol=1e-3, rtol=1e-3)
+    assert shots.columns(["elk", "yak"]) == [4, -1]
+
+
+@pytest.mark.parametrize("chunk", [1, 2**22])
+@pytest.mark.parametrize("shortlist", [2, 32])
+def test_the_match_is_the_mean_vote_of_each_tokens_best_key_among_the_most_alike_classes(monkeypatch, chunk, shortlist):
     monkeypatch.setattr(match, "CHUNK", chunk)
-    tokens, prototypes = units(B, K, D), units(C, P, D, seed=1)
-    for b, row in enumerate(match.token_match(tokens, prototypes, FILLED, 4.0)):
-        values = []
-        for c in range(C):
-            best = [
-                max(
-                    math.exp(-4.0 * (1 - float(tokens[b, i].double() @ prototypes[c, p].double())))
-                    for p in range(P)
-                    if FILLED[c, p]
-                )
-                for i in range(K)
-                if FILLED[c].any()
-            ]
-            values.append(sum(best) / K if best else None)
-        torch.testing.assert_close(row, torch.tensor(literal(values)), atol=1e-5, rtol=1e-4)
+    monkeypatch.setattr(match, "SHORTLIST", shortlist)
+    shots = memory()
+    queries = shots.look(described(6, seed=5))
+    cosines, classes = match.resemblance(queries, shots, shots.coarse())
+    found = match.votes(cosines, classes, 3.0, len(NAMES))
+    keys = shots.keys.double()
+    for b, query in enumerate(queries.double()):
+        alike = {
+            c: max(float(unit(query.mean(0)) @ unit(keys[c, v].mean(0))) for v in range(n))
+            for c, n in enumerate(shots.filled.sum(1).tolist())
+            if n
+        }
+        listed = sorted(alike, key=alike.get, reverse=True)[:shortlist]
+        vote = {
+            c: sum(
+                math.exp(-3 * (1 - max(float(q @ k) for v in range(int(shots.filled[c].sum())) for k in keys[c, v])))
+                for q in query
+            )
+            / M
+            for c in listed
+        }
+        size = min(shortlist, len(NAMES))  # a class without images may be on the list; it votes nothing
+        mean = sum(vote.values()) / size
+        literal = torch.tensor([max(vote.get(c, 0.0) - mean, 0.0) for c in range(len(NAMES))])
+        torch.testing.assert_close(found[b], literal, atol=2e-3, rtol=1e-2)
+
+
+def test_a_memory_loads_into_one_of_other_classes_whole():
+    shots, file = memory(), io.BytesIO()
+    torch.save(shots.state_dict(), file)
+    file.seek(0)
+    other = match.ShotMemory(["yak"])
+    assert other.is_empty
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert other.class_names == NAMES and not other.is_empty
+    assert all(torch.equal(a, b) for a, b in zip(other.buffers(), shots.buffers(), strict=True))
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 10**6), st.booleans(), st.booleans())
-def test_the_chosen_match_is_never_worse_than_none_and_its_accuracy_is_the_one_claimed(seed, with_image, with_tokens):
-    generator = torch.Generator().manual_seed(seed)
-    logits, labels = torch.randn(20, 4, generator=generator), torch.randint(4, (20,), generator=generator)
-    part = lambda used: [torch.randn(20, 4, generator=generator) for _ in match.SHARPNESSES] if used else []  # noqa: E731
-    image, tokens = part(with_image), part(with_tokens)
-    weight, shape, accuracy = match.choose(logits, labels, image, tokens)
-    total = logits.clone()
-    for at, parts in ((0, image), (2, tokens)):
-        if shape[at]:
-            total += weight * shape[at + 1] * parts[match.SHARPNESSES.index(shape[at].item())]
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=12))
+def test_the_place_in_its_class_counts_the_images_of_that_class_before(rows):
+    assert match.place_in_class(torch.tensor(rows)).tolist() == [rows[:i].count(r) for i, r in enumerate(rows)]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6))
+def test_the_chosen_match_is_never_worse_than_none_and_its_accuracy_is_the_one_claimed(seed):
+    logits, labels = random(20, 4, seed=seed), torch.arange(20) % 4
+    matches = [F.relu(random(20, 4, seed=seed + i)) for i in range(len(match.SHARPNESSES))]
+    sharpness, weight, accuracy = match.choose(logits, labels, matches)
+    total = logits + weight * matches[match.SHARPNESSES.index(sharpness)]
     assert total.argmax(1).eq(labels).float().mean().item() == pytest.approx(accuracy)
     assert accuracy >= logits.argmax(1).eq(labels).float().mean().item()
-    assert with_image or with_tokens or weight == 0
 
 
 def test_of_equally_good_matches_the_lightest_is_taken():
-    logits, labels = torch.eye(3), torch.arange(3)
-    good = [torch.eye(3)] * len(match.SHARPNESSES)
-    assert match.choose(logits, labels, good, [])[0] == 0.0  # nothing to win
-    assert match.choose(torch.zeros(3, 3), labels, good, [])[0] == match.WEIGHTS[1]
+    logits, labels, good = torch.eye(3), torch.arange(3), [torch.eye(3)] * len(match.SHARPNESSES)
+    assert match.choose(logits, labels, good)[1] == 0.0  # nothing to win
+    assert match.choose(torch.zeros(3, 3), labels, good)[:2] == (match.SHARPNESSES[0], match.WEIGHTS[1])

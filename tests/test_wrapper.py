@@ -10,7 +10,7 @@ from clip.model import CLIP
 from method_kit import BLOCKS, MAPPINGS, N_TOKENS, coop_host, some_images, train_a_little, wrap
 from random_clips import CLASS_NAMES
 
-from spotlighter_plugin.config import ACTIVATIONS, MATCHES, PRESETS, SpotlighterConfig
+from spotlighter_plugin.config import ACTIVATIONS, PRESETS, SpotlighterConfig
 from spotlighter_plugin.hosts import adapter_for
 from spotlighter_plugin.wrapper import SpotlighterWrapper
 
@@ -190,59 +190,80 @@ def held_out(n=3):
     return [(some_images(6, seed=70 + i), torch.arange(6)) for i in range(n)]
 
 
-@pytest.mark.parametrize("match", MATCHES)
-def test_the_match_with_the_bank_moves_the_logits_of_the_banks_classes_alone(match):
-    wrapper = wrap(mapping="gated", prototype_logits=True, prototype_match=match)
-    train_a_little(wrapper, lr=0)
-    uses = torch.tensor([match != "tokens"] * 2 + [match != "image"] * 2)
-    wrapper.plugin.shape.copy_(torch.tensor([5.0, 10.0, 5.0, 10.0]) * uses)
+@pytest.mark.parametrize("options", [{}, {"match_tokens": 0}, {"stages": ((0, 12),), "select_block": 1}], ids=str)
+def test_the_match_moves_the_logits_of_remembered_classes_alone(options):
+    wrapper = wrap(mapping="gated", prototype_logits=True, **options)
+    assert wrapper.remember(held_out()) == 18
+    wrapper.plugin.memory.sharpness.fill_(3.0)
     names = ["sea shell", "someone new", "red"]
-    other = wrap(coop_host(names), class_names=names, mapping="gated", prototype_logits=True, prototype_match=match)
+    other = wrap(coop_host(names), class_names=names, mapping="gated", prototype_logits=True, **options)
     other.load_state_dict(wrapper.state_dict())
+    other.eval()
     with torch.no_grad():
         before = other(some_images())
-        other.plugin.mapping.blend.fill_(0.5)
-        after = other(some_images())
-    changed = (after - before).abs().amax(0)
+        other.plugin.mapping.blend.fill_(5.0)
+        changed = (other(some_images()) - before).amax(0)
     assert changed[1] == 0 and changed[0] > 1e-3 and changed[2] > 1e-3
 
 
+def test_a_model_that_knows_no_remembered_class_keeps_its_logits_and_describes_nothing():
+    wrapper = wrap(prototype_logits=True)
+    wrapper.remember(held_out())
+    wrapper.plugin.mapping.match_weight.data.fill_(5.0)
+    other = wrap(coop_host(["someone", "new"]), class_names=["someone", "new"], prototype_logits=True)
+    with torch.no_grad():
+        before = other.eval()(some_images())
+        other.load_state_dict(wrapper.state_dict())
+        assert torch.equal(other(some_images()), before)
+    assert not other._begin(some_images())[1].describes
+
+
 @pytest.mark.parametrize("mapping", ["none", "gated", "full"])
-@pytest.mark.parametrize("match", MATCHES)
-def test_calibration_lowers_no_held_out_accuracy_and_travels_with_the_state(match, mapping):
-    wrapper = wrap(mapping=mapping, prototype_match=match, prototype_logits=True)
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_calibration_lowers_no_held_out_accuracy_and_travels_with_the_state(tokens, mapping):
+    wrapper = wrap(mapping=mapping, match_tokens=tokens, prototype_logits=True)
     train_a_little(wrapper, steps=6, lr=0.01)
+    wrapper.remember([(some_images(6, seed=0), torch.arange(6))])
     accuracy = lambda model: torch.cat([model(x).argmax(1) == y for x, y in held_out()]).float().mean().item()  # noqa: E731
     with torch.no_grad():
         before, modes = accuracy(wrapper), [module.training for module in wrapper.modules()]
         claimed = wrapper.calibrate(held_out())
         assert claimed == pytest.approx(accuracy(wrapper)) and claimed >= before
         assert [module.training for module in wrapper.modules()] == modes
-        again = wrap(mapping=mapping, prototype_match=match, prototype_logits=True)
+        again = wrap(mapping=mapping, match_tokens=tokens, prototype_logits=True)
         again.load_state_dict(wrapper.state_dict())
         again.host.load_state_dict(wrapper.host.state_dict())
         torch.testing.assert_close(again.eval()(some_images()), wrapper(some_images()))
 
 
-def test_calibration_finds_a_match_that_tells_the_shots_apart():
-    wrapper = wrap(prototype_logits=True, prototype_match="image", prototypes=1)
-    train_a_little(wrapper, steps=1, lr=0)
-    shots = [(some_images(6, seed=0), torch.arange(6))]  # each class's only shot is its prototype
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_calibration_finds_a_match_that_tells_the_shots_apart(tokens):
+    wrapper = wrap(prototype_logits=True, match_tokens=tokens)
+    shots = [(some_images(6, seed=0), torch.arange(6))]
+    assert wrapper.remember(shots) == 6
     assert wrapper.calibrate(shots) == 1.0 and wrapper.plugin.mapping.match_weight > 0
 
 
-def test_without_held_out_images_or_before_any_training_the_match_stays_out():
+def test_no_class_is_remembered_with_more_than_its_shots_and_a_second_memory_replaces_the_first():
+    wrapper = wrap(prototype_logits=True, match_shots=2)
+    assert wrapper.remember(held_out()) == 12 and wrapper.plugin.memory.filled.sum(1).tolist() == [2] * 6
+    assert wrapper.remember(held_out(1)) == 6 and wrapper.plugin.memory.filled.shape == (6, 1)
+
+
+def test_without_held_out_images_or_before_anything_is_remembered_the_match_stays_out():
     wrapper = wrap(prototype_logits=True)
-    assert wrapper.calibrate(held_out()) is None  # nothing in the bank
-    train_a_little(wrapper, lr=0)
+    assert wrapper.calibrate(held_out()) is None  # nothing remembered
+    assert wrapper.remember([]) == 0
+    wrapper.remember(held_out())
     assert wrapper.calibrate([]) is None and wrapper.plugin.mapping.match_weight == 0
-    assert wrap(prototype_logits=False).calibrate(held_out()) is None
+    without = wrap(prototype_logits=False)
+    assert without.remember(held_out()) == 0 and without.calibrate(held_out()) is None
 
 
 def test_training_does_not_see_the_match_with_its_own_images():
     wrapper = wrap(prototype_logits=True)
     train_a_little(wrapper, lr=0)
-    wrapper.calibrate(held_out())
+    wrapper.remember(held_out())
     wrapper.plugin.mapping.match_weight.data.fill_(3.0)
     wrapper.train()
     first = wrapper(some_images(6), torch.arange(6))["logits"]
@@ -301,7 +322,7 @@ def test_an_images_logits_do_not_depend_on_the_batch_that_it_comes_in(activation
 
 @pytest.mark.parametrize(("levels", "kept"), [("1+2", 6), ("1", 3), ("2", 3)])
 def test_a_level_alone_runs_on_its_half_of_the_tokens_in_one_pass(levels, kept):
-    wrapper = wrap(levels=levels, semantic_activation=True, recalculate=True)
+    wrapper = wrap(levels=levels, semantic_activation=True, recalculate=True, fuse_dropped=False)
     train_a_little(wrapper)
     lengths = []
     wrapper.stream.block.attn.register_forward_pre_hook(lambda m, args: lengths.append(len(args[0])))

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from dassl.engine import TRAINER_REGISTRY
 from torch import nn
 
+from spotlighter_plugin.losses import text_regularisation
 from spotlighter_plugin.prompting import normalize
 from trainers.clipfit import CLIPFit
 from trainers.coop import CoOp, CustomCLIP
@@ -35,6 +36,19 @@ class CoOpTextResidual(CoOp):
 
     def make_model(self, clip_model, class_names):
         return ResidualCLIP(self.cfg, class_names, clip_model)
+
+
+@TRAINER_REGISTRY.register()
+class CoOpTextRegularised(CoOp):
+    """CoOp with L_reg_text of Eq. 14 as Spotlighter weighs it, and nothing else."""
+
+    weight = 20.0
+
+    def objective(self, images, labels):
+        loss, summary = super().objective(images, labels)
+        if not hasattr(self, "reference"):
+            self.reference = self.model.text_features().detach()  # the first prompts are the hand-written ones
+        return loss + self.weight * text_regularisation(self.model.text_features(), self.reference), summary
 
 
 class ClsCache:
@@ -80,5 +94,5 @@ class ClsCache:
         return logits + weight * (-sharpness * (1 - features @ keys.T)).exp() @ votes
 
 
-for host in (CoOp, MaPLe, CLIPFit, PromptKD):
+for host in (CoOp, CoOpTextRegularised, MaPLe, CLIPFit, PromptKD):
     TRAINER_REGISTRY.register()(type(f"{host.__name__}Cache", (ClsCache, host), {}))

@@ -24,27 +24,26 @@ from spotlighter_plugin.experiment import FAMILY, Laboratory, Method, Outcome, p
 
 COMMON = {
     "OPTIM.NAME": "sgd", "OPTIM.LR_SCHEDULER": "cosine", "OPTIM.WARMUP_EPOCH": 1, "OPTIM.WARMUP_TYPE": "constant",
-    "OPTIM.WARMUP_CONS_LR": 1e-5, "DATALOADER.TRAIN_X.BATCH_SIZE": 64, "DATALOADER.NUM_WORKERS": 0,
+    "OPTIM.WARMUP_CONS_LR": 1e-5, "DATALOADER.TRAIN_X.BATCH_SIZE": 256, "DATALOADER.NUM_WORKERS": 0,
     "TRAINER.COOP.CTX_INIT": "a photo of a", "TRAINER.COOP.PREC": "fp32", "TRAIN.PRINT_FREQ": 1000,
 }  # fmt: skip
-HOST = {**COMMON, "OPTIM.LR": 0.02, "OPTIM.MAX_EPOCH": 10}  # chosen with --choose
-BARE = {
-    "TRAINER.SPOTLIGHTER.TOP_K": 144, "TRAINER.SPOTLIGHTER.MAPPING": "none",
-    "TRAINER.SPOTLIGHTER.PROTOTYPE_LOGITS": False, "TRAINER.SPOTLIGHTER.LOSSES": "('reg_text',)",
-}  # fmt: skip
-HOST_ROW, LONG_ROW, OURS = "CoOp", "CoOp, 50 epochs", "Spotlighter"
-CONTROLS = ("CoOp + L_reg_text", "CoOp + text residual", "CoOp + cache of CLS", "Spotlighter, random tokens")
+HOST = {**COMMON, "OPTIM.LR": 0.1, "OPTIM.MAX_EPOCH": 10}  # chosen with --choose
+HOST_ROW, OURS = "CoOp", "Spotlighter"
+CONTROLS = (
+    "CoOp + L_reg_text", "CoOp + text residual", "CoOp + cache of CLS", "CoOp + L_reg_text + cache of CLS",
+    "Spotlighter, random tokens",
+)  # fmt: skip
 METHODS = [
-    Method("zero-shot CLIP", "ZeroshotCLIP"),
-    Method(HOST_ROW, "CoOp", HOST),
-    Method(LONG_ROW, "CoOp", {**HOST, "OPTIM.MAX_EPOCH": 50}),
-    Method(CONTROLS[0], "CoOpSpotlighter", {**HOST, **BARE}),
-    Method(CONTROLS[1], "CoOpTextResidual", HOST),
-    Method(CONTROLS[2], "CoOpCache", HOST),
-    Method(CONTROLS[3], "CoOpSpotlighter", {**HOST, "TRAINER.SPOTLIGHTER.ACTIVATION": "random"}),
+    Method("zero-shot CLIP", "ZeroshotCLIP", sees_tokens=False),
+    Method(HOST_ROW, "CoOp", HOST, HOST_ROW, False),
+    Method(CONTROLS[0], "CoOpTextRegularised", HOST, CONTROLS[0], False),
+    Method(CONTROLS[1], "CoOpTextResidual", HOST, sees_tokens=False),
+    Method(CONTROLS[2], "CoOpCache", HOST, HOST_ROW, False),
+    Method(CONTROLS[3], "CoOpTextRegularisedCache", HOST, CONTROLS[0], False),
+    Method(CONTROLS[4], "CoOpSpotlighter", {**HOST, "TRAINER.SPOTLIGHTER.ACTIVATION": "random"}),
     Method(OURS, "CoOpSpotlighter", HOST),
 ]
-CANDIDATES = [(rate, epochs) for epochs in (10, 40) for rate in (0.02, 0.05, 0.1)]
+CANDIDATES = [(rate, epochs) for epochs in (5, 20, 60) for rate in (0.1, 0.3, 1.0)]
 
 
 def cell(folder: Path, dataset: str, method: Method, seed: int) -> Path:
@@ -56,7 +55,7 @@ def run_all(methods, datasets, seeds, folder: Path, root: str, classes=("base", 
     folder.mkdir(parents=True, exist_ok=True)
     for dataset in datasets:
         todo = [(m, s) for s in seeds for m in methods if not cell(folder, dataset, m, s).exists()]
-        laboratory = Laboratory(dataset, root, classes=classes, **how) if todo else None
+        laboratory = Laboratory(dataset, root, **{"classes": classes, **how}) if todo else None
         for method, seed in track(todo, Path(dataset).stem):
             name = method.trained_as
             kept = folder / "trained" / cell(folder, dataset, Method(name, ""), seed).stem if name else None
@@ -115,9 +114,9 @@ def main():
 
     methods, folder, classes = [m for m in METHODS if not args.rows or m.name in args.rows], args.out, ("base", "new")
     if args.choose:
-        methods = [
-            Method(f"CoOp {rate} {epochs}", "CoOp", {**COMMON, "OPTIM.LR": rate, "OPTIM.MAX_EPOCH": epochs})
-            for rate, epochs in CANDIDATES
+        methods = METHODS[:1] + [
+            Method(f"CoOp {r} {n}", "CoOp", {**COMMON, "OPTIM.LR": r, "OPTIM.MAX_EPOCH": n}, sees_tokens=False)
+            for r, n in CANDIDATES
         ]
         folder, classes = folder / "choose", ("inner-base", "inner-new")
     run_all(methods, args.datasets, args.seeds, folder, args.root, classes)
