@@ -13,11 +13,13 @@ from rich.table import Table
 from .experiment import Laboratory, Method
 
 DATASET = "configs/datasets/emoji_scenes.yaml"
-BUDGET = {"OPTIM.MAX_EPOCH": 5, "DATALOADER.TRAIN_X.BATCH_SIZE": 64, "TRAINER.COOP.CTX_INIT": "a photo of a"}
+BUDGET = {
+    "OPTIM.LR": 0.3, "OPTIM.MAX_EPOCH": 5, "DATALOADER.TRAIN_X.BATCH_SIZE": 256, "TRAINER.COOP.CTX_INIT": "a photo of a",
+}  # fmt: skip
 METHODS = (
-    Method("zero-shot CLIP", "ZeroshotCLIP"),
-    Method("CoOp", "CoOp", {**BUDGET, "OPTIM.LR": 0.02}),
-    Method("CoOp + Spotlighter", "CoOpSpotlighter", {**BUDGET, "OPTIM.LR": 0.02}),
+    Method("zero-shot CLIP", "ZeroshotCLIP", sees_tokens=False),
+    Method("CoOp", "CoOp", BUDGET, sees_tokens=False),
+    Method("CoOp + Spotlighter", "CoOpSpotlighter", BUDGET),
 )
 BATCH, PAIRS = 64, 8
 THIN = 3  # every third test scene

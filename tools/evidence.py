@@ -27,7 +27,7 @@ COMMON = {
     "OPTIM.WARMUP_CONS_LR": 1e-5, "DATALOADER.TRAIN_X.BATCH_SIZE": 256, "DATALOADER.NUM_WORKERS": 0,
     "TRAINER.COOP.CTX_INIT": "a photo of a", "TRAINER.COOP.PREC": "fp32", "TRAIN.PRINT_FREQ": 1000,
 }  # fmt: skip
-HOST = {**COMMON, "OPTIM.LR": 0.1, "OPTIM.MAX_EPOCH": 10}  # chosen with --choose
+HOST = {**COMMON, "OPTIM.LR": 0.3, "OPTIM.MAX_EPOCH": 20}  # chosen with --choose
 HOST_ROW, OURS = "CoOp", "Spotlighter"
 CONTROLS = (
     "CoOp + L_reg_text", "CoOp + text residual", "CoOp + cache of CLS", "CoOp + L_reg_text + cache of CLS",
