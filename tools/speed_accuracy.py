@@ -45,12 +45,6 @@ SHAPE = shape_of("tiny")
 KEPT = (8, 16, 32, 64, SHAPE.tokens)
 
 
-def preset(name: str) -> Method:
-    return Method(name, "CoOpSpotlighter", {**HOST, "OPTIM.MAX_EPOCH": 5, "TRAINER.SPOTLIGHTER.PRESET": name})
-
-
-FAST = PRESETS["fast"]
-ROWS = [preset("default"), preset("fast")]
 # All cost what `fast` does on a ViT-B/16, 12 / (4 + 8 · 42/197) = × 2.10: the same sum of positions over the blocks.
 VARIANTS = {
     "before 4: 41": {"select_block": 4, "top_k": 41},
@@ -147,6 +141,7 @@ def main():
     parser.add_argument("--datasets", nargs="+", default=FAMILY[:1], help="configuration files")
     parser.add_argument("--thin", type=int, default=1, help="every n-th scene only, for each s and k")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1], help="with --presets")
+    parser.add_argument("--shots", type=int, default=16, help="with --presets")
     parser.add_argument("--presets", action="store_true", help="train the presets instead")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -159,11 +154,16 @@ def main():
         os.replace(aside, path)
 
     if args.presets:
-        outcomes = {method.name: [] for method in ROWS}
+        common = {**HOST, "OPTIM.MAX_EPOCH": 5, "DATASET.NUM_SHOTS": args.shots}
+        rows = [
+            Method(f"{name}, {args.shots} shots", "CoOpSpotlighter", {**common, "TRAINER.SPOTLIGHTER.PRESET": name})
+            for name in ("default", "fast")
+        ]
+        outcomes = {method.name: [] for method in rows}
         for dataset in args.datasets:
             cells = found["trained"].setdefault(Path(dataset).stem, {})
-            laboratory = Laboratory(dataset, args.root, FAST["select_block"], HALVES)
-            for method in ROWS:
+            laboratory = Laboratory(dataset, args.root, PRESETS["fast"]["select_block"], HALVES)
+            for method in rows:
                 outcomes[method.name] += train(method, laboratory, args.seeds, cells, keep)
         show_presets(outcomes, args.datasets, args.seeds)
         return
