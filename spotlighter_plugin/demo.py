@@ -14,8 +14,11 @@ from .experiment import Laboratory, Method
 
 DATASET = "configs/datasets/emoji_scenes.yaml"
 BUDGET = {
-    "OPTIM.LR": 0.3, "OPTIM.MAX_EPOCH": 5, "DATALOADER.TRAIN_X.BATCH_SIZE": 256, "TRAINER.COOP.CTX_INIT": "a photo of a",
-}  # fmt: skip
+    "OPTIM.LR": 0.3,
+    "OPTIM.MAX_EPOCH": 5,
+    "DATALOADER.TRAIN_X.BATCH_SIZE": 256,
+    "TRAINER.COOP.CTX_INIT": "a photo of a",
+}
 METHODS = (
     Method("zero-shot CLIP", "ZeroshotCLIP", sees_tokens=False),
     Method("CoOp", "CoOp", BUDGET, sees_tokens=False),
