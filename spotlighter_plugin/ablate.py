@@ -10,13 +10,14 @@ from typing import Annotated
 
 import typer
 
+from .launch import LAUNCHERS
 from .plan import HERE, Plan
 from .report import FORMATS, PAPER, Accuracies, Table, base2new_average, datasets_of
 from .results import find_results
 from .sweep import sweep
 
 KEY = "TRAINER.SPOTLIGHTER."
-ALL_LOSSES = ("gra", "reg_text", "kl_visual", "local")
+ALL_LOSSES = ("gra_low", "gra_high", "reg_text", "kl_visual", "local")
 
 
 def _each(option, values):
@@ -35,7 +36,7 @@ def _without(loss):
 ABLATIONS = {
     "V": {
         "L_cls alone": (KEY + "LOSSES", "()"),
-        **{f"without {loss}": _without(loss) for loss in ALL_LOSSES},
+        **{f"without {loss.removeprefix('gra_')}": _without(loss) for loss in ALL_LOSSES},
         "all losses": (KEY + "LOSSES", ",".join(ALL_LOSSES)),
     },
     "VI": {f"lev{levels}": (KEY + "LEVELS", levels) for levels in ("1", "2", "1+2")},
@@ -112,10 +113,14 @@ def command(
     hosts: Annotated[list[str], typer.Option(help="trainers with Spotlighter")] = ("CoOpSpotlighter",),
     datasets: Annotated[list[str], typer.Option(help="names of configs/datasets")] = ("emoji_scenes",),
     seeds: Annotated[list[int], typer.Option()] = (1, 2, 3),
+    config: Annotated[str, typer.Option(help="name of configs/trainers/<host>/<name>.yaml")] = "default",
     root: Annotated[Path, typer.Option(help="folder of the data sets")] = Path("data"),
     output: Annotated[Path, typer.Option(help="folder of the runs")] = Path("output"),
     jobs: Annotated[int, typer.Option(help="runs at once")] = 1,
-    launcher: Annotated[str, typer.Option(help="here, slurm, ray")] = "here",
+    validation: Annotated[
+        bool, typer.Option("--validation", help="to choose by: inside the base classes of EmojiScenes, no test image")
+    ] = False,
+    launcher: Annotated[str, typer.Option(help=", ".join(LAUNCHERS))] = "here",
     format: Annotated[str, typer.Option(help=", ".join(FORMATS))] = "text",
 ):
     """Run one ablation of the paper (resumed and skipped as by sweep) and print its table."""
@@ -128,8 +133,10 @@ def command(
         tuple(seeds),
         root=root.absolute(),
         output=output.absolute(),
+        config=config,
         options=tuple(options),
         home=HERE,
+        validation=validation,
     )
     ablation = Ablation(name, plan)
     failures = sweep(ablation, jobs, launcher)

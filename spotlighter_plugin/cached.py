@@ -5,14 +5,21 @@ same hidden states. ``CachedTower`` makes any such trainer, with or without Spot
 its numbers are the plain trainer's up to the half precision in which states are kept.
 """
 
+import os
+import traceback
+from contextlib import redirect_stderr, redirect_stdout
+
 import torch
 from clip.model import VisionTransformer
 from dassl.data.transforms import build_transform
+from dassl.engine import TRAINER_REGISTRY
 from dassl.utils import read_image
 from rich.progress import track
 from torch import Tensor, nn
 
+from . import training
 from .backbones import load_clip
+from .config import from_cfg
 from .wrapper import SpotlighterWrapper
 
 
@@ -84,7 +91,7 @@ class CachedLoader:
     """Batches {img, label, impath} of cached states; shuffled by the global generator, whole batches, in training."""
 
     def __init__(self, states: HiddenStates, items, batch_size: int, is_train: bool):
-        self.images = states.of([item.impath for item in items])  # (n, 1+N, w)
+        self.states, self.images = states, None
         self.labels = torch.tensor([item.label for item in items])
         self.paths = [item.impath for item in items]
         self.batch_size, self.is_train = min(batch_size, len(items)) if is_train else batch_size, is_train
@@ -95,6 +102,8 @@ class CachedLoader:
 
     def __iter__(self):
         n = len(self.labels)
+        if self.images is None:  # not before they are asked for: an evaluation needs none of the training images
+            self.images = self.states.of(self.paths)  # (n, 1+N, w)
         order = torch.randperm(n) if self.is_train else torch.arange(n)
         for index in order.split(self.batch_size)[: len(self)]:
             paths = [self.paths[i] for i in index.tolist()]
@@ -131,6 +140,39 @@ class CachedTower:
         if any(len(stage) > len(vision.transformer.resblocks) - self.states.block for stage in stages):
             raise ValueError(f"{type(self).__name__} selects tokens before block {self.states.block}: set SELECT_BLOCK")
         keep_tail(vision, self.states.block)
+
+
+class CachedRuns:
+    """Calls of train.py in this process; runs in a row on one data set and backbone share their hidden states.
+
+    Suits trainers that train nothing before block s, and images that are not augmented; another run fails in one line.
+    """
+
+    def __init__(self):
+        self.key = self.states = None
+
+    def call(self, run, errors, lock=()) -> int:
+        """Make a `plan.Run`; returns train.py's exit code, what it says on standard error goes to the file `errors`."""
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(errors):
+            try:
+                training.run(run.arguments, self.build)
+            except Exception as error:
+                print(training.one_line(error) or traceback.format_exc(), file=errors)
+                return 1
+        return 0
+
+    def build(self, cfg):
+        """The trainer of a configuration, on cached states."""
+        config = from_cfg(cfg)
+        block = (*(block for block, _ in config.stages), config.select_block)[0]
+        key = cfg.DATASET.NAME, cfg.DATASET.ROOT, cfg.MODEL.BACKBONE.NAME, tuple(cfg.INPUT.SIZE), block
+        if key != self.key:
+            self.key = self.states = None  # frees the old ones first
+            with torch.random.fork_rng():
+                self.states = HiddenStates(cfg, block)
+            self.key = key
+        kind = TRAINER_REGISTRY.get(cfg.TRAINER.NAME)
+        return type(kind.__name__, (CachedTower, kind), {"states": self.states})(cfg)
 
 
 def keep_tail(vision: nn.Module, block: int) -> None:

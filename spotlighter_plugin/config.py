@@ -6,7 +6,7 @@ from itertools import pairwise
 ACTIVATIONS = ("attention", "contribution", "lens", "value", "random")
 MAPPINGS = ("none", "gated", "full", "linear+linear", "transformer+transformer", "transformer+linear")
 LEVELS = ("1+2", "1", "2")
-LOSSES = ("gra", "reg_text", "kl_visual", "local")
+LOSSES = ("gra", "gra_low", "gra_high", "reg_text", "kl_visual", "local")
 SIGNS = ("signed", "positive", "absolute")
 
 # One row per option, one dictionary per preset. An option that is left at None takes its preset's value.
@@ -116,7 +116,8 @@ class SpotlighterConfig:
     """Add to the logits of known classes the match with their remembered training images, weighed on held-out images
     (``SpotlighterWrapper.remember``, ``calibrate``)."""
     losses: tuple[str, ...] | None = None
-    """Auxiliary losses of Eq. 15 in use: names among ``LOSSES``; L_cls is always there."""
+    """Auxiliary losses of Eq. 15 in use: names among ``LOSSES``; L_cls is always there. ``gra`` is ``gra_low``, level 2
+    alone, and ``gra_high``, level 1 alone."""
     stages: tuple[tuple[int, int], ...] | None = None
     """Earlier cuts on the way to ``select_block`` and ``top_k``: pairs (block, tokens kept), blocks as in
     ``select_block``. ``((3, 64),)`` keeps 64 tokens before block 3, by the sample-wise score there."""
@@ -148,6 +149,8 @@ class SpotlighterConfig:
         _one_of("contribution_sign", self.contribution_sign, SIGNS)
         for loss in self.losses:
             _one_of("losses", loss, LOSSES)
+        if "gra" in self.losses or {"gra_low", "gra_high"} <= set(self.losses):
+            self.losses = ("gra", *(loss for loss in self.losses if not loss.startswith("gra")))
         for name, low, high in (
             ("top_k", 2, None),
             ("prototypes", 1, None),

@@ -1,4 +1,4 @@
-"""Running chains of runs here, on Slurm or on Ray. A run is skipped where complete and resumed where it was killed."""
+"""Running chains of runs here, on Slurm, on Ray or on cached states. A run is skipped where complete, else resumed."""
 
 import os
 import subprocess
@@ -6,39 +6,49 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from queue import Queue
 
 
-def run_chain(chain, home, environment=None):
-    """Run what is not complete of a chain, in order. Returns the first failure as one line, "" if there is none."""
+def run_chain(chain, home, environment=None, call=None):
+    """Run what is not complete of a chain, in order. Returns the first failure as one line, "" if there is none.
+
+    call: makes a run, given it, a file for its errors and the lock's open files; returns an exit code. By default
+        train.py is called.
+    """
     for run in chain:
-        failure = _execute(run, home, environment)
+        failure = _execute(run, call or partial(_call_train_py, home, environment))
         if failure:
             return f"{run.name}: {failure} ({run.folder})"
     return ""
 
 
-def _execute(run, home, environment):
-    """Run train.py unless the run is complete; returns its failure as one line, "" if there is none."""
+def _execute(run, call):
+    """Make a run unless it is complete; returns its failure as one line, "" if there is none."""
     run.folder.mkdir(parents=True, exist_ok=True)
     errors = run.folder / "stderr.txt"
     with _alone_in(run.folder) as lock:
         if run.complete:
             return ""
         with open(errors, "w") as file:
-            process = subprocess.run(
-                [sys.executable, "train.py", *run.arguments],
-                cwd=home,
-                env=os.environ | (environment or {}),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=file,
-                pass_fds=lock,
-            )
-        if process.returncode:
-            return _last_line(errors) or f"train.py ended with exit code {process.returncode}"
+            code = call(run, file, lock)
+        if code:
+            return _last_line(errors) or f"train.py ended with exit code {code}"
         return "" if run.complete else "train.py ended without a result"
+
+
+def _call_train_py(home, environment, run, errors, lock):
+    """train.py's exit code, in a process of its own that keeps the open files of `lock`."""
+    return subprocess.run(
+        [sys.executable, "train.py", *run.arguments],
+        cwd=home,
+        env=os.environ | (environment or {}),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=errors,
+        pass_fds=lock,
+    ).returncode
 
 
 def _last_line(path):
@@ -124,7 +134,19 @@ def launch_ray(chains, home, jobs):
     yield from _as_they_end(chains, tasks, lambda task: bool(ray.wait([task], timeout=0)[0]), ray.get)
 
 
-LAUNCHERS = {"here": launch_here, "slurm": launch_slurm, "ray": launch_ray}
+def launch_cached(chains, home, jobs):
+    """In this process, one after the other, a data set's runs on the same hidden states: see `CachedRuns`."""
+    from .cached import CachedRuns
+    from .plan import HERE
+
+    if jobs > 1 or Path(home).resolve() != HERE:
+        raise ValueError("--launcher cached runs this repository's train.py, one run at a time")
+    runs = CachedRuns()
+    for index in sorted(range(len(chains)), key=lambda index: chains[index][0].dataset):
+        yield index, run_chain(chains[index], home, call=runs.call)
+
+
+LAUNCHERS = {"here": launch_here, "cached": launch_cached, "slurm": launch_slurm, "ray": launch_ray}
 
 
 def _as_they_end(chains, tasks, ended, result):

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+GRA = ("gra", "gra_low", "gra_high")  # L_gra, and its parts on level 2 and on level 1
+
 
 def local_loss(affinity: Tensor, rows: Tensor, scale: Tensor | float) -> Tensor:
     """L_local, Eq. 7: cross entropy over the bank's classes of the tokens' match with their prototypes.
@@ -53,7 +55,7 @@ def total_loss(parts: dict[str, Tensor], lambda1: float, lambda2: float, lambda3
     """L = L_cls + λ1 L_gra + λ2 L_reg_text + λ3 (L_KL_visual + L_local), Eq. 15; parts that are absent count as zero.
 
     Args:
-        parts: losses by name: ``cls``, and any of ``gra``, ``reg_text``, ``kl_visual``, ``local``.
+        parts: losses by name: ``cls``, and any of ``gra`` (or a part of it), ``reg_text``, ``kl_visual``, ``local``.
     """
-    weights = {"cls": 1.0, "gra": lambda1, "reg_text": lambda2, "kl_visual": lambda3, "local": lambda3}
+    weights = {"cls": 1.0, "reg_text": lambda2, "kl_visual": lambda3, "local": lambda3, **dict.fromkeys(GRA, lambda1)}
     return sum(weights[name] * value for name, value in parts.items())

@@ -48,6 +48,11 @@ class Run:
         return (*self.flags, *chosen, *self.options)
 
     @property
+    def dataset(self):
+        """Its data set's configuration file."""
+        return self.flags[self.flags.index("--dataset-config-file") + 1]
+
+    @property
     def complete(self):
         log = read_run(self.folder)
         return log is not None and log.complete
@@ -65,6 +70,8 @@ class Run:
 class Plan:
     """Names a protocol's parameters once; `chains()` lists its runs.
 
+    validation: base2new inside the base classes, on validation scenes, to choose options by (EmojiScenes alone has it).
+
     Raises: ValueError with one line for an unknown protocol, host, data set or configuration.
     """
 
@@ -79,6 +86,7 @@ class Plan:
     config: str = "default"
     options: tuple = ()
     home: Path = HERE
+    validation: bool = False
 
     def chains(self):
         """A list of lists of `Run`."""
@@ -140,15 +148,19 @@ class Plan:
 
     def _base2new(self, host, dataset, seed):
         shots = self._shots(host)
+        halves = ("inner-base", "inner-new") if self.validation else ("base", "new")
         base, new = (
-            f"base2new/{part}/{dataset}/shots_{shots}/{host}/{self.config}" for part in ("train_base", "test_new")
+            f"base2new/{part}_{half}/{dataset}/shots_{shots}/{host}/{self.config}"
+            for part, half in zip(("train", "test"), halves, strict=True)
         )
         settings = "DATASET.NUM_SHOTS", shots, "DATASET.SUBSAMPLE_CLASSES"
+        if host.startswith("PromptKD") and self.validation:
+            raise ValueError(f"--validation: {host} trains on all classes' images, so it has no halves of base classes")
         if host.startswith("PromptKD"):  # sees every class's images, without labels, and reports both halves itself
             modal = "TRAINER.MODAL", "base2novel"
             return [self._run("base and new", host, dataset, seed, base, *settings, "all", *modal)]
-        train = self._run("base", host, dataset, seed, base, *settings, "base")
-        test = self._run("new", host, dataset, seed, new, *settings, "new", needs=self._model_of(train, host))
+        train = self._run(halves[0], host, dataset, seed, base, *settings, halves[0])
+        test = self._run(halves[1], host, dataset, seed, new, *settings, halves[1], needs=self._model_of(train, host))
         return [train, test]
 
     def _few(self, host, dataset, shots, seed):

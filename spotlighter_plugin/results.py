@@ -95,10 +95,14 @@ def _results(run):
     half = settings.get("DATASET.SUBSAMPLE_CLASSES", "all")
     trainer = settings["TRAINER.NAME"]
 
+    dataset = settings["DATASET.NAME"]
+    if half.startswith("inner-"):  # halves of the base classes, to choose options by: never a figure of the data set
+        dataset, half = f"{dataset} (validation)", half.removeprefix("inner-")
+
     def result(kind, split="test"):
         return Result(
             method_name(trainer),
-            settings["DATASET.NAME"],
+            dataset,
             kind,
             int(settings.get("DATASET.NUM_SHOTS", -1)),
             int(settings.get("SEED", -1)),

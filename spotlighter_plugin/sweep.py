@@ -1,6 +1,7 @@
 """`spotlighter sweep`: a whole protocol with one command."""
 
 import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +24,7 @@ def sweep(plan, jobs=1, launcher="here", console=None):
         raise ValueError(f"unknown launcher {launcher!r}: take {', '.join(LAUNCHERS)}")
     if jobs < 1:
         raise ValueError(f"--jobs is {jobs}, must be at least 1")
-    console = console or Console()
+    console = console or Console(file=sys.stdout)  # of now: a launcher may redirect it for its runs
     chains = plan.chains()
     runs = [run for chain in chains for run in chain]
     complete = {run.folder for run in runs if run.complete}

@@ -50,8 +50,11 @@ def main(argv=None):
     return 0
 
 
-def run(argv=None):
-    """Do what the flags in `argv` (default: the process's own) say. Raises ValueError, OSError … on a mistake."""
+def run(argv=None, build=None):
+    """Do what the flags in `argv` (default: the process's own) say. Raises ValueError, OSError … on a mistake.
+
+    build: makes the trainer of a configuration; default: Dassl's.
+    """
     args = parse(argv)
     modules = import_trainers_and_datasets()
     cfg = setup_cfg(args, modules)
@@ -61,7 +64,7 @@ def run(argv=None):
         set_random_seed(cfg.SEED)
     with _log_to(cfg.OUTPUT_DIR):
         _print_header(args, cfg)
-        return _train_or_test(args, cfg)
+        return _train_or_test(args, cfg, build)
 
 
 def one_line(error):
@@ -143,10 +146,10 @@ def _print_header(args, cfg):
 # -- the run ---------------------------------------------------------------------------------------------------
 
 
-def _train_or_test(args, cfg):
+def _train_or_test(args, cfg, build):
     from dassl.engine import build_trainer
 
-    trainer = build_trainer(cfg)
+    trainer = (build or build_trainer)(cfg)
     results = _remember_results(trainer)
     if args.eval_only:
         trainer.load_model(args.model_dir, epoch=args.load_epoch)

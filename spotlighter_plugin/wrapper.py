@@ -326,9 +326,9 @@ class SpotlighterWrapper(nn.Module):
     def _further_passes(self, hidden: Tensor, tokens: Tensor, sequence: Tensor, step: _Step) -> None:
         """Training only: each level alone for L_gra, and all tokens without gradient for v⁰."""
         stream, mapping = self.stream, self.plugin.mapping
-        if self._wants("gra"):
-            upper = (len(tokens) + 1) // 2
-            for part in (slice(None, upper), slice(upper, None)):
+        upper = (len(tokens) + 1) // 2
+        for name, part in (("gra_high", slice(None, upper)), ("gra_low", slice(upper, None))):
+            if self._wants("gra") or self._wants(name):
                 level, refined = self._sequence(hidden, tokens[part], step)
                 image, output = stream.tail(level)
                 image = self._readout(self.adapter.project(image), output, refined)
@@ -431,7 +431,8 @@ class SpotlighterWrapper(nn.Module):
         parts = {"cls": adapter.objective(logits, labels, extras)}  # Eq. 12
         if step.levels:
             level_logits = [self._logits(*level, step) for level in step.levels]
-            parts["gra"] = sum(adapter.classification_loss(level, labels, extras) for level in level_logits)
+            name = next(name for name in config.losses if name in losses.GRA)
+            parts[name] = sum(adapter.classification_loss(level, labels, extras) for level in level_logits)
         if self._wants("reg_text"):
             text = mapping.text(step.text, step.tokens, step.scale).mean()
             parts["reg_text"] = losses.text_regularisation(text, adapter.frozen_text())
@@ -458,7 +459,7 @@ class SpotlighterWrapper(nn.Module):
     # ----------------------------------------------------------------------------------------------------- small change
 
     def _wants(self, loss: str) -> bool:
-        weights = {"gra": self.config.lambda1, "reg_text": self.config.lambda2}
+        weights = {"reg_text": self.config.lambda2, **dict.fromkeys(losses.GRA, self.config.lambda1)}
         return loss == "cls" or (loss in self.config.losses and weights.get(loss, self.config.lambda3) > 0)
 
     def _reads_tokens(self, training: bool) -> bool:

@@ -44,6 +44,7 @@ def test_a_tree_without_the_node_gives_the_default_preset():
 def test_options_from_a_command_line_become_what_the_config_wants():
     config = from_cfg(tree("TRAINER.SPOTLIGHTER.LEVELS", "1", "TRAINER.SPOTLIGHTER.LOSSES", "gra,local"))
     assert (config.levels, config.losses) == ("1", ("gra", "local"))
+    assert from_cfg(tree("TRAINER.SPOTLIGHTER.LOSSES", "gra_high,local,gra_low")).losses == ("gra", "local")
     config = from_cfg(tree("TRAINER.SPOTLIGHTER.LEVELS", "1+2", "TRAINER.SPOTLIGHTER.LOSSES", "[]"))
     assert (config.levels, config.losses) == ("1+2", ())
 

@@ -128,6 +128,18 @@ def test_every_loss_reaches_a_trained_parameter_or_is_left_out_by_name(mapping, 
         assert any(g is not None and g.abs().sum() > 0 for g in gradients), name
 
 
+def test_the_two_parts_of_the_level_loss_add_up_to_it():
+    parts = {}
+    for loss in ("gra", "gra_low", "gra_high"):
+        wrapper = wrap(mapping="gated", losses=(loss,)).train()
+        output = wrapper(some_images(4), torch.arange(4))
+        assert output.keys() == {"loss", "logits", "cls", loss} and not wrapper.unreached
+        torch.testing.assert_close(output["loss"], output["cls"] + wrapper.config.lambda1 * output[loss])
+        parts[loss] = output[loss]
+    torch.testing.assert_close(parts["gra"], parts["gra_low"] + parts["gra_high"])
+    assert parts["gra_low"] != parts["gra_high"]
+
+
 @pytest.mark.parametrize("prototype_logits", [True, False])
 @pytest.mark.parametrize("prototypes_in", ENTRIES)
 @pytest.mark.parametrize("mapping", [m for m in MAPPINGS if m != "none"])
