@@ -134,7 +134,8 @@ class CachedTower:
         optims = [optim for optim in self._optims.values() if optim is not None]
         trained = {id(p) for optim in optims for group in optim.param_groups for p in group["params"]}
         skipped = [vision.conv1, vision.ln_pre, *vision.transformer.resblocks[: self.states.block]]
-        if any(id(p) in trained for module in skipped for p in module.parameters()):
+        prompted = any(module._forward_pre_hooks for module in skipped)  # MaPLe's prompts, and those of its kind
+        if prompted or any(id(p) in trained for module in skipped for p in module.parameters()):
             raise ValueError(f"{type(self).__name__} trains blocks before {self.states.block}: its states change")
         stages = model.stream.stages if isinstance(model, SpotlighterWrapper) else []
         if any(len(stage) > len(vision.transformer.resblocks) - self.states.block for stage in stages):

@@ -15,6 +15,7 @@ import pytest
 from dassl.config import get_cfg_default
 from rich.console import Console
 
+from datasets import emoji_render, emoji_scenes
 from spotlighter_plugin import cli, launch
 from spotlighter_plugin.ablate import ABLATIONS, Ablation
 from spotlighter_plugin.config import extend_cfg, from_cfg
@@ -116,7 +117,7 @@ def test_a_plan_that_cannot_be_is_one_line(home, change, says):
 
 
 def test_an_unknown_launcher_and_no_jobs_are_one_line(home):
-    with pytest.raises(ValueError, match="unknown launcher 'pbs': take here, slurm, ray"):
+    with pytest.raises(ValueError, match="unknown launcher 'pbs': take here, cached, slurm, ray"):
         run(plan(home), launcher="pbs")
     with pytest.raises(ValueError, match="--jobs is 0, must be at least 1"):
         run(plan(home), jobs=0)
@@ -219,6 +220,86 @@ def test_a_sweep_killed_at_a_random_moment_and_started_again_ends_with_the_same_
         again.join(300)
         assert again.exitcode == 0
     assert report() == expected
+
+
+TINY = ("OPTIM.MAX_EPOCH", "2", "TRAIN.CHECKPOINT_FREQ", "1", "TRAINER.COOP.CTX_INIT", "a photo of a")
+TINY += ("DATALOADER.TRAIN_X.BATCH_SIZE", "4", "TRAINER.SPOTLIGHTER.TOP_K", "8")
+
+
+def few_scenes():
+    """Let EmojiScenes have six classes and few scenes."""
+    six = emoji_render.concepts()[:6]
+    return {"concepts": lambda: six, "TEST_SCENES": 4, "VAL_SCENES": 1}
+
+
+def real(folder, protocol, hosts=("CoOp", "CoOpSpotlighter"), seeds=(1, 2, 3), options=TINY, **more):
+    data, output = str(folder / "data"), str(folder / "output")
+    return Plan(protocol, hosts, ("emoji_scenes",), seeds, (2,), "", data, output, options=options, **more)
+
+
+def sweep_both(folder):
+    """2 hosts x 2 protocols x 3 seeds, trained for real; returns the failures."""
+    return [failure for p in ("base2new", "fewshot") for failure in run(real(folder, p), launcher="cached")[0]]
+
+
+def test_real_training_killed_at_a_random_moment_and_started_again_ends_with_the_same_report(tmp_path, monkeypatch):
+    for name, value in few_scenes().items():
+        monkeypatch.setattr(emoji_scenes, name, value)
+    assert sweep_both(tmp_path) == []
+    before = as_csv(make_tables(find_results([tmp_path / "output"])))
+    shutil.rmtree(tmp_path / "output")
+    chains = [chain for p in ("base2new", "fewshot") for chain in real(tmp_path, p).chains()]
+    runs = [each for chain in chains for each in chain]
+    assert len(runs) == 2 * (2 + 1) * 3
+    script = (
+        "import sys, pathlib; sys.path.insert(0, sys.argv[2]); import conftest, test_sweep as t;"
+        "vars(t.emoji_scenes).update(t.few_scenes()); t.sweep_both(pathlib.Path(sys.argv[1]))"
+    )
+    first = subprocess.Popen([sys.executable, "-c", script, tmp_path, os.path.dirname(__file__)])
+    begun = random.choice(runs[:-2]).folder
+    while first.poll() is None and not list(begun.glob("log.txt")):
+        time.sleep(0.02)
+    time.sleep(random.uniform(0, 0.5))
+    assert first.poll() is None
+    first.kill()
+    first.wait()
+    assert not runs[-1].complete
+    assert sweep_both(tmp_path) == []
+    assert as_csv(make_tables(find_results([tmp_path / "output"]))) == before
+
+
+@pytest.mark.parametrize("host", ["MaPLe", "MaPLeSpotlighter", "CLIPFit"])
+def test_a_run_that_trains_below_the_cached_states_fails_in_one_line(tmp_path, monkeypatch, host):
+    for name, value in few_scenes().items():
+        monkeypatch.setattr(emoji_scenes, name, value)
+    failures, _ = run(real(tmp_path, "fewshot", (host,), (1,), TINY[:2]), launcher="cached")
+    assert len(failures) == 1 and "trains blocks before 5: its states change" in failures[0]
+
+
+def test_augmented_images_are_not_cached(tmp_path):
+    augmented = (*TINY, "INPUT.TRANSFORMS", "('random_flip', 'normalize')")
+    failures, _ = run(real(tmp_path, "fewshot", ("CoOp",), (1,), augmented), launcher="cached")
+    assert len(failures) == 1 and "states of augmented images cannot be kept" in failures[0]
+
+
+def test_cached_states_are_for_one_run_at_a_time_of_this_repository(home):
+    for wrong in ({"jobs": 2}, {}):
+        with pytest.raises(ValueError, match="--launcher cached runs this repository's train.py, one run at a time"):
+            run(plan(home), launcher="cached", **wrong)
+
+
+def test_validation_stays_inside_the_base_classes_and_apart_from_the_data_sets_own_figures(tmp_path, monkeypatch):
+    for name, value in few_scenes().items():
+        monkeypatch.setattr(emoji_scenes, name, value)
+    chosen = real(tmp_path, "base2new", ("CoOp",), (1,), validation=True)
+    train, test = chosen.chains()[0]
+    assert "SUBSAMPLE_CLASSES inner-base" in " ".join(train.arguments) and "train_inner-base" in str(train.folder)
+    assert "SUBSAMPLE_CLASSES inner-new" in " ".join(test.arguments)
+    assert run(chosen, launcher="cached")[0] == []
+    found = {(result.dataset, result.kind) for result in find_results([tmp_path / "output"])}
+    assert found == {("EmojiScenes (validation)", "base"), ("EmojiScenes (validation)", "new")}
+    with pytest.raises(ValueError, match="--validation: PromptKD trains on all classes' images"):
+        real(tmp_path, "base2new", ("PromptKD",), (1,), validation=True).chains()
 
 
 def test_an_ablation_sweeps_its_variants_and_sets_them_beside_the_papers(home):
