@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from . import training
 from .backbones import load_clip
 from .config import from_cfg
+from .trainer import SpotlighterTrainerMixin
 from .wrapper import SpotlighterWrapper
 
 
@@ -173,7 +174,8 @@ class CachedRuns:
                 self.states = HiddenStates(cfg, block)
             self.key = key
         kind = TRAINER_REGISTRY.get(cfg.TRAINER.NAME)
-        return type(kind.__name__, (CachedTower, kind), {"states": self.states})(cfg)
+        states = self.states if issubclass(kind, SpotlighterTrainerMixin) else self.states.readouts
+        return type(kind.__name__, (CachedTower, kind), {"states": states})(cfg)
 
 
 def keep_tail(vision: nn.Module, block: int) -> None:
