@@ -273,7 +273,7 @@ def test_a_run_that_trains_below_the_cached_states_fails_in_one_line(tmp_path, m
     for name, value in few_scenes().items():
         monkeypatch.setattr(emoji_scenes, name, value)
     failures, _ = run(real(tmp_path, "fewshot", (host,), (1,), TINY[:2]), launcher="cached")
-    assert len(failures) == 1 and "trains blocks before 5: its states change" in failures[0]
+    assert len(failures) == 1 and "trains blocks before " in failures[0]
 
 
 def test_augmented_images_are_not_cached(tmp_path):
