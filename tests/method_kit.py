@@ -5,7 +5,7 @@ from dassl.config import get_cfg_default
 from random_clips import CLASS_NAMES, SIZE, random_clip
 
 import trainers.coop as coop
-from spotlighter_plugin.config import SpotlighterConfig
+from spotlighter_plugin.config import LOSSES, SpotlighterConfig
 from spotlighter_plugin.wrapper import SpotlighterWrapper
 
 N_TOKENS, WIDTH, DIM, HEADS, BLOCKS = 16, 128, 64, 2, 3
@@ -23,9 +23,10 @@ def coop_host(class_names=CLASS_NAMES, seed=0):
 
 
 def wrap(host=None, class_names=CLASS_NAMES, **options):
-    """A wrapped CoOp with k = 6, P = 3 and the default preset unless options say otherwise."""
+    """A wrapped CoOp with k = 6, P = 3, s = L-1; without a preset also with every loss and without a fused token."""
     torch.manual_seed(1)
-    options = {"top_k": 6, "prototypes": 3, "select_block": -1, **options}
+    plain = {} if "preset" in options else {"losses": LOSSES, "fuse_dropped": False}
+    options = {"top_k": 6, "prototypes": 3, "select_block": -1, **plain, **options}
     return SpotlighterWrapper(host or coop_host(class_names), SpotlighterConfig(**options), class_names=class_names)
 
 

@@ -10,7 +10,7 @@ from clip.model import CLIP
 from method_kit import BLOCKS, MAPPINGS, N_TOKENS, coop_host, some_images, train_a_little, wrap
 from random_clips import CLASS_NAMES
 
-from spotlighter_plugin.config import ACTIVATIONS, PRESETS, SpotlighterConfig
+from spotlighter_plugin.config import ACTIVATIONS, LOSSES, PRESETS, SpotlighterConfig
 from spotlighter_plugin.hosts import adapter_for
 from spotlighter_plugin.wrapper import SpotlighterWrapper
 
@@ -356,7 +356,7 @@ def test_blocks_run_on_what_the_cuts_before_them_left(fuse):
 
 @pytest.mark.parametrize("preset", ["paper", "default"])
 def test_with_several_cuts_every_loss_is_there_and_the_full_pass_sees_all_tokens(preset):
-    wrapper = wrap(preset=preset, stages=((0, 12), (1, 9)), fuse_dropped=True)
+    wrapper = wrap(preset=preset, mapping="gated", losses=LOSSES, stages=((0, 12), (1, 9)), fuse_dropped=True)
     seen, project = [], wrapper.adapter.project
     whole = wrapper.stream.whole
     wrapper.stream.whole = lambda: seen.append(whole()) or seen[-1]
