@@ -1,7 +1,10 @@
 """The evidence table: CoOp, the controls and Spotlighter, base-to-new on the EmojiScenes family, with paired intervals.
 
     python tools/evidence.py --out docs/evidence            every row, five data sets, three seeds
-    python tools/evidence.py --out docs/evidence --choose   how the host's length and rate were chosen (validation only)
+    python tools/evidence.py --out docs/evidence --choose host      how CoOp's rate and length were chosen
+    python tools/evidence.py --out docs/evidence --choose plugin    how the plug-in's options were chosen
+
+Choices look at validation scenes of base classes only.
 
 Every finished run is kept in the output folder, so a killed command goes on where it was.
 """
@@ -28,6 +31,7 @@ COMMON = {
     "TRAINER.COOP.CTX_INIT": "a photo of a", "TRAINER.COOP.PREC": "fp32", "TRAIN.PRINT_FREQ": 1000,
 }  # fmt: skip
 HOST = {**COMMON, "OPTIM.LR": 0.3, "OPTIM.MAX_EPOCH": 20}  # chosen with --choose
+SHORT = {**COMMON, "OPTIM.LR": 1.0, "OPTIM.MAX_EPOCH": 5}  # what is remembered need not be learned
 HOST_ROW, OURS = "CoOp", "Spotlighter"
 CONTROLS = (
     "CoOp + L_reg_text", "CoOp + text residual", "CoOp + cache of CLS", "CoOp + L_reg_text + cache of CLS",
@@ -40,9 +44,16 @@ METHODS = [
     Method(CONTROLS[1], "CoOpTextResidual", HOST, sees_tokens=False),
     Method(CONTROLS[2], "CoOpCache", HOST, HOST_ROW, False),
     Method(CONTROLS[3], "CoOpTextRegularisedCache", HOST, CONTROLS[0], False),
-    Method(CONTROLS[4], "CoOpSpotlighter", {**HOST, "TRAINER.SPOTLIGHTER.ACTIVATION": "random"}),
-    Method(OURS, "CoOpSpotlighter", HOST),
+    Method(CONTROLS[4], "CoOpSpotlighter", {**SHORT, "TRAINER.SPOTLIGHTER.ACTIVATION": "random"}),
+    Method(OURS, "CoOpSpotlighter", SHORT),
 ]
+S = "TRAINER.SPOTLIGHTER."
+VARIANTS = {
+    "as it is": {}, "CLS alone remembered": {S + "MATCH_TOKENS": 0}, "nothing remembered": {S + "PROTOTYPE_LOGITS": False},
+    "λ2 = 4": {S + "LAMBDA2": 4.0}, "without L_reg_text": {S + "LOSSES": "()"},
+    "with L_gra": {S + "LOSSES": "('gra', 'reg_text')"}, "gated": {S + "MAPPING": "gated"},
+    "s = L-1, k = 32": {S + "SELECT_BLOCK": -1, S + "TOP_K": 32}, "all tokens": {S + "TOP_K": 144},
+}  # fmt: skip
 CANDIDATES = [(rate, epochs) for epochs in (5, 20, 60) for rate in (0.1, 0.3, 1.0)]
 
 
@@ -108,16 +119,22 @@ def main():
     parser.add_argument("--datasets", nargs="+", default=FAMILY)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--rows", nargs="+", choices=[m.name for m in METHODS], help="rows to run (default: all)")
-    parser.add_argument("--choose", action="store_true", help="compare rates and lengths of CoOp on validation alone")
+    parser.add_argument(
+        "--choose", choices=["host", "plugin"],
+        help="on validation alone: CoOp's rates and lengths, or the plug-in's options",
+    )  # fmt: skip
     args = parser.parse_args()
     import controls  # noqa: F401  (registers the control trainers)
 
     methods, folder, classes = [m for m in METHODS if not args.rows or m.name in args.rows], args.out, ("base", "new")
-    if args.choose:
+    if args.choose == "host":
         methods = METHODS[:1] + [
             Method(f"CoOp {r} {n}", "CoOp", {**COMMON, "OPTIM.LR": r, "OPTIM.MAX_EPOCH": n}, sees_tokens=False)
             for r, n in CANDIDATES
         ]
+    elif args.choose == "plugin":
+        methods = [Method(name, "CoOpSpotlighter", {**SHORT, **options}) for name, options in VARIANTS.items()]
+    if args.choose:
         folder, classes = folder / "choose", ("inner-base", "inner-new")
     run_all(methods, args.datasets, args.seeds, folder, args.root, classes)
     result = show(methods, args.datasets, args.seeds, folder)
