@@ -49,7 +49,8 @@ METHODS = [
 ]
 S = "TRAINER.SPOTLIGHTER."
 VARIANTS = {
-    "as it is": {}, "CLS alone remembered": {S + "MATCH_TOKENS": 0}, "nothing remembered": {S + "PROTOTYPE_LOGITS": False},
+    "as it is": {},
+    "CLS alone remembered": {S + "MATCH_TOKENS": 0}, "nothing remembered": {S + "PROTOTYPE_LOGITS": False},
     "λ2 = 4": {S + "LAMBDA2": 4.0}, "without L_reg_text": {S + "LOSSES": "()"},
     "with L_gra": {S + "LOSSES": "('gra', 'reg_text')"}, "gated": {S + "MAPPING": "gated"},
     "s = L-1, k = 32": {S + "SELECT_BLOCK": -1, S + "TOP_K": 32}, "all tokens": {S + "TOP_K": 144},
