@@ -4,11 +4,13 @@ Variants are trailing options of train.py; where the paper prints figures, a var
 """
 
 import itertools
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from .launch import LAUNCHERS
 from .plan import HERE, Plan
@@ -139,7 +141,7 @@ def command(
         validation=validation,
     )
     ablation = Ablation(name, plan)
-    failures = sweep(ablation, jobs, launcher)
+    failures = sweep(ablation, jobs, launcher, Console(file=sys.stderr))  # standard output is the table's alone
     print(FORMATS[format](ablation.tables()), end="")
     if failures:
         raise typer.Exit(1)

@@ -19,6 +19,7 @@ from datasets import emoji_render, emoji_scenes
 from spotlighter_plugin import cli, launch
 from spotlighter_plugin.ablate import ABLATIONS, Ablation
 from spotlighter_plugin.config import extend_cfg, from_cfg
+from spotlighter_plugin.curves import read_points
 from spotlighter_plugin.plan import ELEVEN, EMOJI, VARIANTS, Plan
 from spotlighter_plugin.report import as_csv, make_tables
 from spotlighter_plugin.results import find_results
@@ -311,6 +312,21 @@ def test_an_ablation_sweeps_its_variants_and_sets_them_beside_the_papers(home):
     assert [cell.paper for cell in table.rows[0][1]] == [77.52, 71.43, 74.35]
     assert all(cell.mean is not None and not cell.missing for _, cells in table.rows for cell in cells)
     assert run(ablation)[1].startswith("ablation VIII: 4 runs, 4 of them complete")
+
+
+def test_an_ablation_on_cached_states_prints_a_table_that_curves_can_draw(tmp_path, monkeypatch, capsys):
+    for name, value in few_scenes().items():
+        monkeypatch.setattr(emoji_scenes, name, value)
+    monkeypatch.setitem(ABLATIONS, "figure4", {f"top_k {k}": ("TRAINER.SPOTLIGHTER.TOP_K", str(k)) for k in (4, 8)})
+    arguments = ["ablate", "figure4", "--launcher", "cached", "--validation", "--seeds", "1", "--format", "csv"]
+    arguments += ["--root", str(tmp_path / "data"), "--output", str(tmp_path / "out"), "--", *TINY[:-2]]
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*arguments, "DATASET.NUM_SHOTS", "2"])
+    printed = capsys.readouterr()
+    assert ended.value.code == 0 and "4 of 4 runs are complete" in printed.err
+    (tmp_path / "k.csv").write_text(printed.out)
+    points = read_points(tmp_path / "k.csv")
+    assert {point[:3] for point in points} == {("top_k", part, k) for part in ("Base", "Novel", "HM") for k in (4, 8)}
 
 
 def test_an_unknown_ablation_is_one_line(home):
