@@ -21,7 +21,7 @@ from rich.table import Table
 from .bench_hosts import DTYPES, HOSTS, SHAPES, build_host, logits_of, shape_of, upstream_logits
 from .config import PRESETS, SpotlighterConfig
 from .prompting import normalize
-from .stopwatch import OUTSIDE, STAGES, alternate, peak_memory, stages
+from .stopwatch import OUTSIDE, STAGES, alternate, operations, peak_memory, stages
 from .wrapper import SpotlighterWrapper
 
 SWEPT = {"preset": str, "select_block": int, "top_k": int}
@@ -135,8 +135,7 @@ class Bench:
 
     def training(self, tick=lambda: None) -> list[dict]:
         """A record per setting: seconds and peak memory of a training step, host's and Spotlighter's."""
-        legs = {"host": self._step(self._host_loss, self.wrappers[0])}
-        legs |= {number: self._step(self._loss_of(wrapper), wrapper) for number, wrapper in enumerate(self.wrappers)}
+        legs = self._training_legs()
         taken = alternate(legs, self.setting.runs, self.device, tick)
         memory = {name: peak_memory(work, self.device) for name, work in legs.items()}
         for wrapper in self.wrappers:
@@ -154,6 +153,23 @@ class Bench:
             }
             for number in range(len(self.wrappers))
         ]
+
+    def _training_legs(self):
+        legs = {"host": self._step(self._host_loss, self.wrappers[0])}
+        return legs | {
+            number: self._step(self._loss_of(wrapper), wrapper) for number, wrapper in enumerate(self.wrappers)
+        }
+
+    def operations(self, train: bool = False) -> list[tuple[int, int]]:
+        """The host's operations and Spotlighter's in one pass on kept texts, or in one training step, per setting."""
+        if train:
+            host, *ours = (operations(step) for step in self._training_legs().values())
+        else:
+            text = self._kept_texts()
+            with torch.no_grad():
+                host = operations(lambda: logits_of(self.host, self.images, text))
+                ours = [operations(partial(wrapper, self.images)) for wrapper in self.wrappers]
+        return [(host, own) for own in ours]
 
     @torch.no_grad()
     def profile(self) -> list[dict[str, float]]:
@@ -299,6 +315,14 @@ def profile_table(settings: list[Setting], profiles: list[dict[str, float]]) -> 
     return table
 
 
+def operations_table(settings: list[Setting], counted: list[tuple[int, int]]) -> Table:
+    """Operations, which no other process on the machine can change."""
+    table = Table("s", "k", "host", "Spotlighter", "host / Spotlighter", title="billions of operations")
+    for setting, (host, own) in zip(settings, counted, strict=True):
+        table.add_row(*_cuts(setting), f"{host / 1e9:.1f}", f"{own / 1e9:.1f}", f"×{host / own:.3f}")
+    return table
+
+
 def command(
     options: Annotated[list[str], typer.Argument(help="after --: KEY VALUE options of TRAINER.SPOTLIGHTER")] = (),
     host: Annotated[str, typer.Option(help=", ".join(HOSTS))] = "coop",
@@ -316,7 +340,9 @@ def command(
     runs: Annotated[int, typer.Option(help="rounds, after one that is not counted")] = 10,
     upstream: Annotated[bool, typer.Option(help="time the host with texts on every batch, too")] = True,
     train: Annotated[bool, typer.Option("--train", help="a training step instead of inference")] = False,
-    profile: Annotated[bool, typer.Option("--profile", help="also show where the time goes, by stage")] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="also count operations and show where the time goes")
+    ] = False,
     teacher: Annotated[
         str, typer.Option(help=f"PromptKD's teacher (default: {TEACHER}; tiny, custom: as student)")
     ] = "",
@@ -346,7 +372,9 @@ def command(
     console = Console()
     console.print((training_table if train else inference_table)(settings, records))
     if profile:
-        console.print(profile_table(settings, bench.profile()))
+        console.print(operations_table(settings, bench.operations(train)))
+        if not train:
+            console.print(profile_table(settings, bench.profile()))
     if json_file is not None:
         write_json(records, json_file)
     if plot_file is not None:

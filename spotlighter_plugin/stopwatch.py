@@ -5,6 +5,7 @@ import time
 from contextlib import contextmanager
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 STAGES = ("stem and blocks before s", "scoring", "selection", "blocks from s on", "text and logits")
 OUTSIDE = ("scoring", "selection", "text and logits")
@@ -65,6 +66,16 @@ def peak_memory(work, device: torch.device) -> float:
         held += event.nbytes()
         highest = max(highest, held)
     return highest / MEGABYTE
+
+
+def operations(work) -> int:
+    """Operations of matrix products and convolutions in work(), 2 for each multiplication.
+
+    PyTorch counts those within fused attention on CUDA alone; on a CPU they are left out, for host and plug-in alike.
+    """
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
 
 
 def stages(wrapper, images, runs: int, device: torch.device) -> dict[str, float]:

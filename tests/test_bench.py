@@ -9,7 +9,7 @@ import torch
 from spotlighter_plugin import bench, cli
 from spotlighter_plugin import wrapper as wrapper_module
 from spotlighter_plugin.bench_hosts import build_host, logits_of, shape_of, text_owner, upstream_logits
-from spotlighter_plugin.stopwatch import alternate, peak_memory, seconds, stages
+from spotlighter_plugin.stopwatch import alternate, operations, peak_memory, seconds, stages
 
 CPU = torch.device("cpu")
 SMALL = "image=32,patch=8,width=64,layers=3,dim=64,text_width=64,text_layers=2"
@@ -118,6 +118,15 @@ def test_peak_memory_counts_what_is_held_at_once_beyond_what_was_there():
         return resident.sum() + second.sum() + third.sum()
 
     assert peak_memory(work, CPU) == pytest.approx(11, abs=0.1)
+
+
+def test_operations_are_counted_by_hand_and_selection_saves_some():
+    weight = torch.ones(5, 7)
+    assert operations(lambda: torch.ones(3, 5) @ weight) == 2 * 3 * 5 * 7
+    made = small_bench(sweep="select_block=0,2", options=("MAPPING", "none", "PROTOTYPE_LOGITS", "False"))
+    (host, early), (same, late) = made.operations()
+    assert host == same and early < late < host
+    assert all(own > 0 for pair in made.operations(train=True) for own in pair)
 
 
 def test_stages_add_up_to_the_pass_and_leave_the_wrapper_as_it_was():
