@@ -52,7 +52,7 @@ PRESETS = {
         "fuse_dropped": True,
     },
     "fast": {
-        "top_k": 40,
+        "top_k": 32,
         "prototypes": 4,
         "select_block": 4,
         "alpha": 0.2,

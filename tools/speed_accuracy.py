@@ -1,6 +1,6 @@
 """Harmonic mean against images/s, on validation scenes of EmojiScenes' base classes alone.
 
-    python tools/speed_accuracy.py --out OUT             each s and k, and the variants of `fast`
+    python tools/speed_accuracy.py --out OUT             each s and k, and variants of equal cost
     python tools/speed_accuracy.py --out OUT --presets   `default` and `fast` against s = L-1
 
 Zero-shot; with --presets CoOpSpotlighter is trained. Every finished cell is kept in the output folder, so a killed
@@ -45,7 +45,7 @@ SHAPE = shape_of("tiny")
 KEPT = (8, 16, 32, 64, SHAPE.tokens)
 
 
-# All cost what `fast` does on a ViT-B/16, 12 / (4 + 8 · 42/197) = × 2.10: the same sum of positions over the blocks.
+# All cost the same on a ViT-B/16, 12 / (4 + 8 · 42/197) = × 2.10: the same sum of positions over the blocks.
 VARIANTS = {
     "before 4: 41": {"select_block": 4, "top_k": 41, "fuse_dropped": False},
     "before 4: 40 + 1": {"select_block": 4, "top_k": 40, "fuse_dropped": True},
