@@ -124,9 +124,11 @@ def resemblance(queries: Tensor, memory: ShotMemory, coarse: Tensor) -> tuple[Te
     step = max(1, CHUNK // (classes.shape[1] * keys[0].numel()))
     cosines = []
     for some, mine in zip(queries.split(step), classes.split(step), strict=True):
-        cosine = torch.einsum("bie,bsvje->bisvj", some, keys[mine].to(some.dtype))
-        cosine = cosine.masked_fill(~filled[mine][:, None, :, :, None], -torch.inf)
-        cosines.append(cosine.flatten(3).amax(-1))
+        theirs = keys.index_select(0, mine.flatten()).to(some.dtype)  # (b·S, V, m, D)
+        cosine = theirs.view(len(some), -1, theirs.shape[-1]) @ some.transpose(1, 2)  # (b, S·V·m, m)
+        cosine = cosine.view(*mine.shape, *keys.shape[1:3], -1)  # (b, S, V, m, m)
+        cosine = cosine.masked_fill(~filled[mine][:, :, :, None, None], -torch.inf)
+        cosines.append(cosine.flatten(2, 3).amax(2).transpose(1, 2))  # (b, m, S)
     return torch.cat(cosines), classes
 
 
