@@ -42,13 +42,16 @@ def test_the_three_lines_of_the_document_classify(folder_of_photos):
     with torch.no_grad():
         assert names["wrapper"](images).shape == (2, 3)
         assert names["wrapper"].kept.shape == (2, 32)
+        shots = names["few_shots"] = names["held_out"] = [(torch.randn(6, 3, 64, 64), torch.arange(6) % 3)]
         exec(EXAMPLES[1], names)
+        assert names["wrapper"](shots[0][0]).argmax(1).tolist() == shots[0][1].tolist()
+        exec(EXAMPLES[2], names)
         assert names["wrapper"](images).shape == (2, 3)
 
 
 def test_the_documents_own_adapter_trains_its_host_and_the_plugin(folder_of_photos):
     names = {}
-    exec(EXAMPLES[2], names)
+    exec(EXAMPLES[3], names)
     wrapper, host = names["wrapper"], names["host"]
     texts = clip.tokenize(["a photo of a blue.", "a photo of a red."])
     assert not torch.equal(host.text, folder_of_photos.encode_text(texts))
@@ -57,7 +60,7 @@ def test_the_documents_own_adapter_trains_its_host_and_the_plugin(folder_of_phot
 
 
 def test_the_complete_example_has_at_most_forty_lines():
-    assert len(EXAMPLES[2].splitlines()) <= 40
+    assert len(EXAMPLES[3].splitlines()) <= 40
 
 
 def test_a_plain_clip_with_every_token_gives_its_zero_shot_logits():
