@@ -14,7 +14,7 @@ from .memory_bank import NamedClasses
 
 CLS_SHARE = 0.5  # length of CLS beside a token of length 1
 RIDGE = 0.1  # of the mean variance within classes, added to every direction's own
-SHORTLIST = 32  # classes per image that are looked at token by token
+SHORTLIST = 16  # classes per image that are looked at token by token
 SHARPNESSES = (1.0, 3.0, 6.0)
 WEIGHTS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
 CHUNK = 2**22  # numbers that are gathered at once
