@@ -56,7 +56,7 @@ class ShotMemory(NamedClasses):
         keys = self.look(described)
         self.keys = keys.new_zeros(len(self.class_names), int(place.max()) + 1, *keys.shape[1:], dtype=torch.half)
         self.filled = torch.zeros(self.keys.shape[:2], dtype=torch.bool, device=keys.device)
-        self.keys[rows, place] = keys.half()
+        self.keys[rows, place] = keys.to(torch.half)  # forks without a GPU make .half() do nothing
         self.filled[rows, place] = True
 
     def look(self, described: Tensor) -> Tensor:

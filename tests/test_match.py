@@ -133,3 +133,10 @@ def test_of_equally_good_matches_the_lightest_is_taken():
     logits, labels, good = torch.eye(3), torch.arange(3), [torch.eye(3)] * len(match.SHARPNESSES)
     assert match.choose(logits, labels, good)[1] == 0.0  # nothing to win
     assert match.choose(torch.zeros(3, 3), labels, good)[:2] == (match.SHARPNESSES[0], match.WEIGHTS[1])
+
+
+def test_a_memory_is_written_where_half_does_nothing(monkeypatch):
+    before = memory().keys
+    monkeypatch.setattr(torch.Tensor, "half", lambda self: self)  # as in a fork without a GPU
+    assert memory().keys.dtype == torch.half
+    assert torch.equal(memory().keys, before)

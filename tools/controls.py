@@ -8,9 +8,12 @@ from torch import nn
 from spotlighter_plugin.losses import text_regularisation
 from spotlighter_plugin.prompting import normalize
 from trainers.clipfit import CLIPFit
+from trainers.clipfit_spotlighter import CLIPFitSpotlighter
 from trainers.coop import CoOp, CustomCLIP
 from trainers.maple import MaPLe
+from trainers.maple_spotlighter import MaPLeSpotlighter
 from trainers.promptkd import PromptKD
+from trainers.promptkd_spotlighter import PromptKDSpotlighter
 
 
 class ResidualCLIP(CustomCLIP):
@@ -93,6 +96,20 @@ class ClsCache:
         keys, votes, weight, sharpness = self.cache
         return logits + weight * (-sharpness * (1 - features @ keys.T)).exp() @ votes
 
+
+class Attached:
+    """Spotlighter put on a host that was trained without it, whose checkpoints lie in the output folder.
+
+    Nothing more is trained: the shots are remembered, and the match with them is weighed on the validation split.
+    """
+
+    def train(self):
+        self.load_model(self.output_dir, epoch=self.max_epoch)
+        self._remember()
+
+
+for kind in (MaPLeSpotlighter, CLIPFitSpotlighter, PromptKDSpotlighter):
+    TRAINER_REGISTRY.register()(type(kind.__name__.replace("Spotlighter", "Attached"), (Attached, kind), {}))
 
 for host in (CoOp, CoOpTextRegularised, MaPLe, CLIPFit, PromptKD):
     TRAINER_REGISTRY.register()(type(f"{host.__name__}Cache", (ClsCache, host), {}))

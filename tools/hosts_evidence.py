@@ -1,11 +1,13 @@
 """The hosts' table: MaPLe, CLIPFit and PromptKD with and without Spotlighter, base-to-new on the EmojiScenes family.
 
     python tools/hosts_evidence.py --out docs/hosts             every row of every host, five data sets, three seeds
-    python tools/hosts_evidence.py --out docs/hosts --choose    how each host's rate was chosen (validation only)
-    python tools/hosts_evidence.py --out docs/hosts --seeds 1 --show    what is there, without running anything
+    python tools/hosts_evidence.py --out docs/hosts --choose    rates of each host, compared on validation alone
+    python tools/hosts_evidence.py --out docs/hosts --show      what is there, without running anything
 
-These hosts train through the whole vision tower, so nothing can be cached: trainings are short, and every fourth test
-scene is looked at. Finished runs are kept in the output folder, so a killed command goes on where it was.
+These hosts train through the whole vision tower, so no hidden state can be kept: trainings are short, and every fourth
+test scene is looked at. Finished runs are kept in the output folder, so a killed command goes on where it was.
+PromptKD's teacher is the same tower tuned by PromptSRC; here the student sees the base classes' images alone, as the
+other hosts do (TRAINER.MODAL cross).
 """
 
 import argparse
@@ -15,24 +17,49 @@ from evidence import FAMILY, Method, cell, run_all, show
 
 THIN = 4
 COMMON = {
-    "OPTIM.NAME": "sgd", "OPTIM.LR_SCHEDULER": "cosine", "OPTIM.WARMUP_EPOCH": 0, "OPTIM.MAX_EPOCH": 1,
-    "DATALOADER.TRAIN_X.BATCH_SIZE": 16, "DATALOADER.NUM_WORKERS": 0, "TRAIN.PRINT_FREQ": 1000,
+    "OPTIM.NAME": "sgd", "OPTIM.LR_SCHEDULER": "cosine", "OPTIM.WARMUP_EPOCH": 0, "OPTIM.LR": 0.02,
+    "OPTIM.MAX_EPOCH": 1, "DATALOADER.TRAIN_X.BATCH_SIZE": 16, "DATALOADER.NUM_WORKERS": 0, "TRAIN.PRINT_FREQ": 1000,
 }  # fmt: skip
-HOSTS = {"MaPLe": {"OPTIM.LR": 0.02}, "CLIPFit": {"OPTIM.LR": 0.02}}  # chosen with --choose
-CANDIDATES = [("sgd", 0.02), ("adam", 0.001)]
+HOSTS = {
+    "MaPLe": {"OPTIM.MAX_EPOCH": 5, "TRAINER.MAPLE.PREC": "fp32"},
+    "CLIPFit": {"TRAINER.CLIPFIT.PREC": "fp32"},
+    "PromptKD": {
+        "OPTIM.MAX_EPOCH": 10, "TRAINER.MODAL": "cross", "TRAINER.PROMPTKD.TEACHER_NAME": "tiny",
+        "TRAINER.PROMPTKD.PREC": "fp32", "TRAINER.PROMPTKD.KD_WEIGHT": 1000.0,
+    },
+}  # fmt: skip
+RATES = (0.02, 0.005, 0.05)
 ZERO_SHOT = Method("zero-shot CLIP", "ZeroshotCLIP", {"DATALOADER.NUM_WORKERS": 0})
+TEACHER = Method("PromptSRC (teacher)", "PromptSRC", {**COMMON, "TRAINER.PROMPTSRC.GPA_MEAN": 1}, "PromptSRC")
 
 
-def rows(host: str) -> list[Method]:
-    """A host's rows: alone, with each control, with Spotlighter."""
+def options_of(host: str, folder: Path, dataset: str, seed: int) -> dict:
+    """A host's options; those of PromptKD name the teacher of this data set and seed."""
     options = {**COMMON, **HOSTS[host]}
-    plugin = f"{host}Spotlighter"
+    if host == "PromptKD":
+        run = folder / "trained" / cell(folder, dataset, Method(TEACHER.trained_as, ""), seed).stem
+        options["TRAINER.PROMPTKD.TEACHER_CHECKPOINT"] = run / "VLPromptLearner/model.pth.tar-1"
+    return options
+
+
+def rows(host: str, options: dict) -> list[Method]:
+    """A host's rows: alone, with each control, with Spotlighter."""
+    plugin, kind = f"{host} + Spotlighter", f"{host}Spotlighter"
     return [
+        ZERO_SHOT,
+        *([TEACHER] if host == "PromptKD" else []),
         Method(host, host, options, trained_as=host),
         Method(f"{host} + cache of CLS", f"{host}Cache", options, trained_as=host),
-        Method(f"{host} + Spotlighter, random tokens", plugin, {**options, "TRAINER.SPOTLIGHTER.ACTIVATION": "random"}),
-        Method(f"{host} + Spotlighter", plugin, options),
+        Method(f"{plugin}, attached when trained", f"{host}Attached", options, trained_as=host),
+        Method(f"{plugin}, random tokens", kind, {**options, "TRAINER.SPOTLIGHTER.ACTIVATION": "random"}),
+        Method(plugin, kind, options),
     ]
+
+
+def candidates(host: str, options: dict) -> list[Method]:
+    """A host alone at every rate."""
+    methods = [Method(f"{host} {rate}", host, {**options, "OPTIM.LR": rate}) for rate in RATES]
+    return [*rows(host, options)[:-5], *methods]
 
 
 def main():
@@ -42,29 +69,34 @@ def main():
     parser.add_argument("--hosts", nargs="+", choices=HOSTS, default=list(HOSTS))
     parser.add_argument("--datasets", nargs="+", default=FAMILY)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--choose", action="store_true", help="compare the hosts' rates on validation alone")
-    parser.add_argument("--show", action="store_true", help="run nothing, print the data sets that are complete")
+    parser.add_argument("--choose", action="store_true", help="compare rates of each host on validation alone")
+    parser.add_argument("--show", action="store_true", help="run nothing; print the rows that are there")
     args = parser.parse_args()
     import controls  # noqa: F401  (registers the control trainers)
 
+    make, folder, how = rows, args.out, {"thin": THIN}
     if args.choose:
-        methods = [ZERO_SHOT] + [
-            Method(f"{host} {optim} {rate}", host, {**COMMON, **HOSTS[host], "OPTIM.NAME": optim, "OPTIM.LR": rate})
-            for host in args.hosts
-            for optim, rate in CANDIDATES
-        ]
-        how = {"classes": ("inner-base", "inner-new"), "block": None, "thin": 2}
-        run_all(methods, args.datasets, args.seeds, args.out / "choose", args.root, **how)
-        show(methods, args.datasets, args.seeds, args.out / "choose")
-        return
+        make, folder, how = candidates, args.out / "choose", {"thin": 2, "classes": ("inner-base", "inner-new")}
     for host in args.hosts:
-        methods = [ZERO_SHOT, *rows(host)]
-        if not args.show:
-            run_all(methods, args.datasets, args.seeds, args.out, args.root, block=None, thin=THIN)
-        done = [d for d in args.datasets if all(cell(args.out, d, m, s).exists() for m in methods for s in args.seeds)]
-        if done:
-            ours, others = methods[-1].name, [m.name for m in methods[1:-1]]
-            show(methods, done, args.seeds, args.out, ours, others)
+        pairs = [(dataset, seed) for dataset in args.datasets for seed in args.seeds]
+        for dataset, seed in () if args.show else pairs:
+            methods = make(host, options_of(host, folder, dataset, seed))
+            run_all(methods, [dataset], [seed], folder, args.root, block=None, **how)
+        print_table(host, make(host, {}), args.datasets, args.seeds, folder)
+
+
+def print_table(host: str, methods: list[Method], datasets: list[str], seeds: list[int], folder: Path) -> None:
+    """Print the rows that are complete on the data sets and seeds on which the host is; says what is missing."""
+    there = lambda method, dataset: all(cell(folder, dataset, method, seed).exists() for seed in seeds)  # noqa: E731
+    alone = next(method for method in methods if method.trainer == host)
+    done = [dataset for dataset in datasets if there(alone, dataset)]
+    complete = [method for method in methods if done and all(there(method, dataset) for dataset in done)]
+    if complete:
+        names = [method.name for method in complete]
+        show(complete, done, seeds, folder, methods[-1].name, [name for name in names if name.startswith(host)][:-1])
+    missing = [method.name for method in methods if method not in complete]
+    if missing or len(done) < len(datasets):
+        print(f"{host}: {len(done)} of {len(datasets)} data sets; not there yet: {', '.join(missing) or 'no row'}")
 
 
 if __name__ == "__main__":
