@@ -1,6 +1,7 @@
 """SpotlighterTrainerMixin: the plug-in in a Dassl trainer, whatever the host."""
 
 import os.path as osp
+from collections import defaultdict
 from importlib import import_module
 
 import torch
@@ -114,19 +115,34 @@ class SpotlighterTrainerMixin:
         )
 
     def _remember(self):
-        """Write the shots down and weigh the match with them on the validation split; the checkpoint holds both."""
+        """Write the shots down and weigh the match with them on held-out images; the checkpoint holds both.
+
+        Held out is the validation split. Where there is none, or a data set lends its test images as one, every second
+        shot of a class weighs the match with the others, before all are written down.
+        """
         if not self.model.config.prototype_logits:
             return
-        if self.val_loader is None:
-            print("No validation split: the match with the shots cannot be weighed, PROTOTYPE_LOGITS has no effect")
-            return
-        pairs = lambda loader: (self.parse_batch_test(batch) for batch in loader)  # noqa: E731
+        shots = lambda: map(self.parse_batch_test, self.shot_loader())  # noqa: E731
         with torch.random.fork_rng(), torch.autocast(self.device.type, enabled=self._precision() == "amp"):
-            count = self.model.remember(pairs(self.shot_loader()))
-            right = self.model.calibrate(pairs(self.val_loader))
+            if self._has_validation():
+                held_out = "validation split"
+                count = self.model.remember(shots())
+                right = self.model.calibrate(map(self.parse_batch_test, self.val_loader))
+            else:
+                held_out = "held-out shots (there is no validation split)"
+                self.model.remember(_every_second(shots(), 0))
+                right = self.model.calibrate(_every_second(shots(), 1))
+                count = self.model.remember(shots())
         if right is not None:
             weight = self.model.plugin.mapping.match_weight.item()
-            print(f"Match with {count} shots: weight {weight:.3g}, {100 * right:.1f} % of the validation split right")
+            print(f"Match with {count} shots: weight {weight:.3g}, {100 * right:.1f} % of the {held_out} right")
+
+    def _has_validation(self):
+        """Whether there are validation images that are no test images; parts `inner-…` are for choosing, and share."""
+        if self.val_loader is None or self.cfg.DATASET.get("SUBSAMPLE_CLASSES", "all").startswith("inner"):
+            return self.val_loader is not None
+        tested = {item.impath for item in self.dm.dataset.test}
+        return not any(item.impath in tested for item in self.dm.dataset.val)
 
     def _precision(self):
         """The host's PREC: fp16, fp32 or amp."""
@@ -144,6 +160,19 @@ class SpotlighterTrainerMixin:
             if optim is not None and any(p.grad is not None for group in optim.param_groups for p in group["params"]):
                 scaler.step(optim)
         scaler.update()
+
+
+def _every_second(batches, which):
+    """Of pairs of images and labels every second image of a class: ``which`` = 0 the first, third …, 1 the others."""
+    seen = defaultdict(int)
+    for images, labels in batches:
+        mine = []
+        for label in labels.tolist():
+            mine.append(seen[label] % 2 == which)
+            seen[label] += 1
+        if any(mine):
+            mine = torch.tensor(mine, device=images.device)
+            yield images[mine], labels[mine]
 
 
 def _hand_written_prompt(dataset: str) -> str:

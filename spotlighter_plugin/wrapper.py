@@ -134,7 +134,7 @@ class SpotlighterWrapper(nn.Module):
 
     @torch.no_grad()
     def remember(self, batches) -> int:
-        """Write the training images into the memory, as the trained model sees them; replaces what was there.
+        """Write the training images into the memory, as the trained model sees them, in place of what was there.
 
         Args:
             batches: pairs of images (B, 3, h, w) and labels (B,); of a class the first ``match_shots`` are taken.
@@ -161,7 +161,8 @@ class SpotlighterWrapper(nn.Module):
                 rows.append(labels[new])
                 seen += labels[new].bincount(minlength=len(seen))
             if rows:
-                plugin.memory = ShotMemory(self.class_names).to(device)
+                sharpness, plugin.memory = plugin.memory.sharpness, ShotMemory(self.class_names).to(device)
+                plugin.memory.sharpness.copy_(sharpness)
                 plugin.memory.write(torch.cat(described), torch.cat(rows))
         return sum(map(len, rows))
 

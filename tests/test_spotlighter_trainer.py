@@ -161,3 +161,21 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, options):
     trainer.model.host.prompt_learner.ctx.data.fill_(float("nan"))
     with pytest.raises(FloatingPointError):
         trainer.train()
+
+
+@pytest.mark.parametrize("validation", ["its own", "none", "lent by the test split"])
+def test_the_match_is_never_weighed_on_test_images(tmp_path, options, validation, monkeypatch, capsys):
+    trainer = spotlighter(tmp_path, options, "TRAINER.SPOTLIGHTER.MATCH_TOKENS", 2)
+    if validation == "none":
+        trainer.val_loader = None
+    elif validation == "lent by the test split":
+        trainer.dm.dataset._val, trainer.val_loader = trainer.dm.dataset.test, trainer.test_loader
+    seen, calibrate = [], trainer.model.calibrate
+    monkeypatch.setattr(trainer.model, "calibrate", lambda batches: calibrate([seen.append(b) or b for b in batches]))
+    trainer.train()
+    labels = torch.cat([labels for _, labels in seen])
+    shots = [label for batch in trainer.shot_loader() for label in batch["label"].tolist()]
+    own = validation == "its own"
+    assert len(labels) == (len(trainer.dm.dataset.val) if own else sum(shots.count(c) // 2 for c in set(shots)))
+    assert ("no validation split" in capsys.readouterr().out) == (not own)
+    assert trainer.model.plugin.memory.filled.sum() == len(shots)
