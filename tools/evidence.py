@@ -95,7 +95,7 @@ def show(methods, datasets, seeds, folder: Path, ours=OURS, others=(HOST_ROW, *C
         every = outcomes[method.name]
         figures = np.array([[o.accuracy("base"), o.accuracy("new"), o.harmonic_mean] for o in every])
         figures = figures.reshape(len(datasets), n, 3)
-        spread = figures[..., 2].mean(0).std(ddof=1) if n > 1 else 0.0
+        spread = f"{figures[..., 2].mean(0).std(ddof=1):.2f}" if n > 1 else "–"
         means = [*figures.mean(1), figures.mean((0, 1))]
         rows[method.name] = {
             "HM per seed": figures[..., 2].mean(0).round(2).tolist(), "parameters": every[0].parameters,
@@ -103,7 +103,7 @@ def show(methods, datasets, seeds, folder: Path, ours=OURS, others=(HOST_ROW, *C
                for name, m in zip([*short, "average"], means, strict=True)},
         }  # fmt: skip
         cells = [" / ".join(f"{x:.1f}" for x in m) for m in means]
-        table.add_row(method.name, *cells, f"{spread:.2f}", f"{every[0].parameters:,}")
+        table.add_row(method.name, *cells, spread, f"{every[0].parameters:,}")
     Console(width=200).print(table)
     differences = {}
     for other in others:
