@@ -169,7 +169,7 @@ def bad_inputs(folder, picture, backbone):
         (["tokens", folder / "none.png", "--backbone", backbone, "--top-k", 4], "none.png: no such image"),
         (["tokens", folder / "broken.png", "--backbone", backbone, "--top-k", 4], "broken.png is no readable image"),
         (["tokens", picture, "--backbone", "RN5000"], "RN5000"),
-        (["tokens", picture, "--backbone", backbone], "TOP_K = 32"),
+        (["tokens", picture, "--backbone", backbone], "TOP_K = 48"),
         (["tokens", picture, "--run", folder], "config.yaml"),
         ([*lit, "--activation", "sight"], "sight"),
         ([*lit, "--output", folder / "a.bmp"], ".bmp"),
