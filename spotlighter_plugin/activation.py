@@ -152,7 +152,9 @@ def standardise(scores: Tensor) -> Tensor:
     """z-score per image; equal scores become zeros: (B, N) → (B, N)."""
     scores = scores.float()
     centred = scores - scores.mean(-1, keepdim=True)
-    return centred / centred.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-12)
+    spread = centred.square().mean(-1, keepdim=True).sqrt()
+    rounding = 4 * torch.finfo(torch.float32).eps * scores.abs().amax(-1, keepdim=True)  # a mean of equals may be off
+    return torch.where(spread > rounding, centred / spread.clamp(min=1e-12), 0.0)
 
 
 def top_tokens(scores: Tensor, k: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from method_kit import N_TOKENS, WIDTH
 from random_clips import random_clip
@@ -45,6 +45,7 @@ def test_keeping_every_token_keeps_each_exactly_once(table):
 
 
 @settings(deadline=None, max_examples=60)
+@example([[1.0, 1.0, 1.0]], 1.0, 1.9239154578105775)  # their mean is not quite their value
 @given(score_tables, st.floats(0.5, 3), st.floats(-5, 5))
 def test_standardised_scores_do_not_depend_on_offset_and_unit_and_equal_scores_give_zeros(table, unit, offset):
     scores = torch.tensor(table)
