@@ -21,14 +21,15 @@ COMMON = {
     "OPTIM.MAX_EPOCH": 1, "DATALOADER.TRAIN_X.BATCH_SIZE": 16, "DATALOADER.NUM_WORKERS": 0, "TRAIN.PRINT_FREQ": 1000,
 }  # fmt: skip
 HOSTS = {
-    "MaPLe": {"OPTIM.MAX_EPOCH": 5, "TRAINER.MAPLE.PREC": "fp32"},
+    "MaPLe": {"OPTIM.MAX_EPOCH": 3, "TRAINER.MAPLE.PREC": "fp32"},
     "CLIPFit": {"TRAINER.CLIPFIT.PREC": "fp32"},
     "PromptKD": {
-        "OPTIM.MAX_EPOCH": 10, "TRAINER.MODAL": "cross", "TRAINER.PROMPTKD.TEACHER_NAME": "tiny",
+        "OPTIM.MAX_EPOCH": 5, "TRAINER.MODAL": "cross", "TRAINER.PROMPTKD.TEACHER_NAME": "tiny",
         "TRAINER.PROMPTKD.PREC": "fp32", "TRAINER.PROMPTKD.KD_WEIGHT": 1000.0,
     },
 }  # fmt: skip
 RATES = (0.02, 0.005, 0.05)
+RANDOM = {"TRAINER.SPOTLIGHTER.ACTIVATION": "random"}
 ZERO_SHOT = Method("zero-shot CLIP", "ZeroshotCLIP", {"DATALOADER.NUM_WORKERS": 0})
 TEACHER = Method("PromptSRC (teacher)", "PromptSRC", {**COMMON, "TRAINER.PROMPTSRC.GPA_MEAN": 1}, "PromptSRC")
 
@@ -51,7 +52,7 @@ def rows(host: str, options: dict) -> list[Method]:
         Method(host, host, options, trained_as=host),
         Method(f"{host} + cache of CLS", f"{host}Cache", options, trained_as=host),
         Method(f"{plugin}, attached when trained", f"{host}Attached", options, trained_as=host),
-        Method(f"{plugin}, random tokens", kind, {**options, "TRAINER.SPOTLIGHTER.ACTIVATION": "random"}),
+        Method(f"{plugin}, attached, random tokens", f"{host}Attached", {**options, **RANDOM}, trained_as=host),
         Method(plugin, kind, options),
     ]
 
