@@ -22,13 +22,13 @@ COMMON = {
 }  # fmt: skip
 HOSTS = {
     "MaPLe": {"OPTIM.MAX_EPOCH": 3, "TRAINER.MAPLE.PREC": "fp32"},
-    "CLIPFit": {"TRAINER.CLIPFIT.PREC": "fp32"},
+    "CLIPFit": {"OPTIM.LR": 0.005, "TRAINER.CLIPFIT.PREC": "fp32"},
     "PromptKD": {
         "OPTIM.MAX_EPOCH": 5, "TRAINER.MODAL": "cross", "TRAINER.PROMPTKD.TEACHER_NAME": "tiny",
         "TRAINER.PROMPTKD.PREC": "fp32", "TRAINER.PROMPTKD.KD_WEIGHT": 1000.0,
     },
 }  # fmt: skip
-RATES = (0.02, 0.005, 0.05)
+RATES = {"MaPLe": (0.02, 0.005, 0.05), "CLIPFit": (0.02, 0.005, 0.05), "PromptKD": (0.02, 0.005, 0.001, 0.0002)}
 RANDOM = {"TRAINER.SPOTLIGHTER.ACTIVATION": "random"}
 ZERO_SHOT = Method("zero-shot CLIP", "ZeroshotCLIP", {"DATALOADER.NUM_WORKERS": 0})
 TEACHER = Method("PromptSRC (teacher)", "PromptSRC", {**COMMON, "TRAINER.PROMPTSRC.GPA_MEAN": 1}, "PromptSRC")
@@ -59,7 +59,7 @@ def rows(host: str, options: dict) -> list[Method]:
 
 def candidates(host: str, options: dict) -> list[Method]:
     """A host alone at every rate."""
-    methods = [Method(f"{host} {rate}", host, {**options, "OPTIM.LR": rate}) for rate in RATES]
+    methods = [Method(f"{host} {rate}", host, {**options, "OPTIM.LR": rate}) for rate in RATES[host]]
     return [*rows(host, options)[:-5], *methods]
 
 
