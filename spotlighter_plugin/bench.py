@@ -102,7 +102,7 @@ class Bench:
         if memory is not None:
             shape = len(bank.filled), config.match_shots, max(config.match_tokens, 1)
             width = bank.prototypes.shape[-1] * (2 if config.match_tokens else 1)
-            memory.keys = torch.randn(*shape, width, device=self.device).half()
+            memory.keys = torch.randn(*shape, width, device=self.device, dtype=torch.half)
             memory.filled = torch.ones(shape[:2], dtype=torch.bool, device=self.device)
             memory.centre, memory.view = torch.zeros(width, device=self.device), torch.eye(width, device=self.device)
         return wrapper

@@ -15,6 +15,7 @@ from .memory_bank import NamedClasses
 CLS_SHARE = 0.5  # length of CLS beside a token of length 1
 RIDGE = 0.1  # of the mean variance within classes, added to every direction's own
 SHORTLIST = 16  # classes per image that are looked at token by token
+MANY = 1024  # classes; of more, the shortlist compares whole classes and not each of their images
 SHARPNESSES = (1.0, 3.0, 6.0)
 WEIGHTS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
 CHUNK = 2**22  # numbers that are gathered at once
@@ -64,8 +65,9 @@ class ShotMemory(NamedClasses):
         return F.normalize((described - self.centre) @ self.view, dim=-1)
 
     def coarse(self) -> Tensor:
-        """Each image's mean key: (C, V, D), unit length."""
-        return F.normalize(self.keys.float().mean(2), dim=-1)
+        """Each image's mean key, (C, V, D), or with more than ``MANY`` classes each class's, (C, 1, D); unit length."""
+        images = F.normalize(self.keys.mean(2).float(), dim=-1)
+        return images if len(images) <= MANY else F.normalize(images.sum(1, keepdim=True), dim=-1)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         for name, own in list(self._buffers.items()):
@@ -108,7 +110,7 @@ def discriminating_view(described: Tensor, rows: Tensor) -> tuple[Tensor, Tensor
 def resemblance(queries: Tensor, memory: ShotMemory, coarse: Tensor) -> tuple[Tensor, Tensor]:
     """max_r cos(q_i, K_c,r) of each query token with the keys of the classes that its image resembles most.
 
-    Without a shortlist each token would meet all C·V·m keys; with it, what grows with C is one mean key per image.
+    Without a shortlist each token would meet all C·V·m keys; with it, what grows with C is one product with ``coarse``.
 
     Args:
         queries: (B, m, D), unit length.
@@ -119,7 +121,8 @@ def resemblance(queries: Tensor, memory: ShotMemory, coarse: Tensor) -> tuple[Te
     """
     keys, filled = memory.keys, memory.filled
     overall = F.normalize(queries.mean(1), dim=-1)  # (B, D)
-    alike = torch.einsum("be,cve->bcv", overall, coarse).masked_fill(~filled, -torch.inf).amax(-1)  # (B, C)
+    there = filled[:, : coarse.shape[1]]  # a class with images has a first
+    alike = torch.einsum("be,cve->bcv", overall, coarse).masked_fill(~there, -torch.inf).amax(-1)  # (B, C)
     classes = alike.topk(min(SHORTLIST, len(keys)), dim=1).indices  # (B, S)
     step = max(1, CHUNK // (classes.shape[1] * keys[0].numel()))
     cosines = []

@@ -70,9 +70,13 @@ def test_what_is_written_is_found_again_under_its_class_and_nowhere_else(m):
     assert shots.columns(["elk", "yak"]) == [4, -1]
 
 
+@pytest.mark.parametrize("many", [len(NAMES) - 1, len(NAMES)])
 @pytest.mark.parametrize("chunk", [1, 2**22])
 @pytest.mark.parametrize("shortlist", [2, 32])
-def test_the_match_is_the_mean_vote_of_each_tokens_best_key_among_the_most_alike_classes(monkeypatch, chunk, shortlist):
+def test_the_match_is_the_mean_vote_of_each_tokens_best_key_among_the_most_alike_classes(
+    monkeypatch, chunk, shortlist, many
+):
+    monkeypatch.setattr(match, "MANY", many)
     monkeypatch.setattr(match, "CHUNK", chunk)
     monkeypatch.setattr(match, "SHORTLIST", shortlist)
     shots = memory()
@@ -80,12 +84,13 @@ def test_the_match_is_the_mean_vote_of_each_tokens_best_key_among_the_most_alike
     cosines, classes = match.resemblance(queries, shots, shots.coarse())
     found = match.votes(cosines, classes, 3.0, len(NAMES))
     keys = shots.keys.double()
+    images = {
+        c: [unit(keys[c, v].mean(0)) for v in range(n)] for c, n in enumerate(shots.filled.sum(1).tolist()) if n
+    }
+    if many < len(NAMES):
+        images = {c: [unit(sum(own))] for c, own in images.items()}
     for b, query in enumerate(queries.double()):
-        alike = {
-            c: max(float(unit(query.mean(0)) @ unit(keys[c, v].mean(0))) for v in range(n))
-            for c, n in enumerate(shots.filled.sum(1).tolist())
-            if n
-        }
+        alike = {c: max(float(unit(query.mean(0)) @ image) for image in own) for c, own in images.items()}
         listed = sorted(alike, key=alike.get, reverse=True)[:shortlist]
         vote = {
             c: sum(

@@ -4,7 +4,7 @@
     python tools/hosts_evidence.py --out docs/hosts --choose    rates of each host, compared on validation alone
     python tools/hosts_evidence.py --out docs/hosts --show      what is there, without running anything
 
-These hosts train through the whole vision tower, so no hidden state can be kept: trainings are short, and every fourth
+These hosts train through the whole vision tower, so no hidden state can be kept: trainings are short, and every fifth
 test scene is looked at. Finished runs are kept in the output folder, so a killed command goes on where it was.
 PromptKD's teacher is the same tower tuned by PromptSRC; here the student sees the base classes' images alone, as the
 other hosts do (TRAINER.MODAL cross).
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from evidence import FAMILY, Method, cell, run_all, show
 
-THIN = 4
+THIN = 5  # scenes of a class take turns between two vendors: an even number would see one of them alone
 COMMON = {
     "OPTIM.NAME": "sgd", "OPTIM.LR_SCHEDULER": "cosine", "OPTIM.WARMUP_EPOCH": 0, "OPTIM.LR": 0.02,
     "OPTIM.MAX_EPOCH": 1, "DATALOADER.TRAIN_X.BATCH_SIZE": 16, "DATALOADER.NUM_WORKERS": 0, "TRAIN.PRINT_FREQ": 1000,
