@@ -143,7 +143,7 @@ def main():
     parser.add_argument("--out", type=Path, required=True, help="folder of what is finished")
     parser.add_argument("--root", default="data", help="folder of the data sets")
     parser.add_argument("--datasets", nargs="+", default=FAMILY[:1], help="configuration files")
-    parser.add_argument("--thin", type=int, default=1, help="every n-th scene only, for each s and k")
+    parser.add_argument("--thin", type=int, default=1, help="every n-th scene (odd: vendors alternate), for s and k")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1], help="with --presets")
     parser.add_argument("--shots", type=int, default=16, help="with --presets")
     parser.add_argument("--presets", action="store_true", help="train the presets instead")
