@@ -2,7 +2,9 @@
 
 Two epochs on 12 base classes of EmojiScenes at 4 shots, tested on the other scenes of these and of 12 new classes. What
 is stored is the mean cross entropy on base and new scenes; it holds to 1 %, because kernels round differently from one
-processor and one PyTorch to the next. Change a figure only together with a change that is meant to move it.
+processor and one PyTorch to the next. PromptKD's batch normalization behind a random projection magnifies that: new scenes
+differ by 10 % between a processor's widest instructions and its plainest (ATEN_CPU_CAPABILITY=default), so there it is 15 %.
+Change a figure only together with a change that is meant to move it.
 """
 
 import contextlib
@@ -25,7 +27,7 @@ OPTIONS = {
     "PromptSRC": {"OPTIM.LR": 0.0025, "TRAINER.PROMPTSRC.GPA_MEAN": 2},
     "PromptKD": {
         "OPTIM.LR": 0.005, "TRAINER.MODAL": "cross", "TRAINER.PROMPTKD.TEACHER_NAME": "tiny",
-        "TRAINER.PROMPTKD.KD_WEIGHT": 100.0, "OPTIM.MAX_EPOCH": 3, "DATALOADER.TRAIN_X.BATCH_SIZE": 4,
+        "TRAINER.PROMPTKD.KD_WEIGHT": 10.0, "OPTIM.MAX_EPOCH": 4, "DATALOADER.TRAIN_X.BATCH_SIZE": 48,
     },
     "CLIPFit": {"OPTIM.LR": 0.02},
 }  # fmt: skip
@@ -36,8 +38,8 @@ STORED = {
     "MaPLe": [0.4676, 0.5187],
     "MaPLeSpotlighter": [0.2790, 0.7575],
     "PromptSRC": [0.2674, 0.5905],
-    "PromptKD": [3.7436, 4.5437],
-    "PromptKDSpotlighter": [4.0865, 3.3784],
+    "PromptKD": [2.582, 3.905],
+    "PromptKDSpotlighter": [2.709, 4.125],
     "CLIPFit": [0.4147, 0.8090],
     "CLIPFitSpotlighter": [0.2327, 1.0433],
 }
@@ -45,7 +47,8 @@ STORED = {
 
 @pytest.mark.parametrize("trainer", list(STORED))
 def test_training_from_a_fixed_seed_gives_the_stored_figures(tmp_path, monkeypatch, trainer):
-    assert figures(tmp_path, monkeypatch, trainer) == pytest.approx(STORED[trainer], rel=0.01)
+    tolerance = 0.15 if trainer.startswith("PromptKD") else 0.01
+    assert figures(tmp_path, monkeypatch, trainer) == pytest.approx(STORED[trainer], rel=tolerance)
 
 
 def figures(folder, monkeypatch, trainer):
