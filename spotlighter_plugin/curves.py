@@ -51,8 +51,12 @@ def draw_curves(points: list[tuple[str, str, float, float, float]], path: Path, 
                 if any(deviation):
                     low, high = zip(*((v - d, v + d) for v, d in zip(up, deviation, strict=True)), strict=True)
                     ax.fill_between(across, low, high, color=drawn.get_color(), alpha=0.15)
-            ax.set(xlabel=SYMBOLS.get(panel, panel), xscale="symlog" if log_x else "linear")
+            ax.set(xlabel=SYMBOLS.get(panel, panel))
             ax.legend(fontsize=8)
+            values = sorted({point[2] for point in points if point[0] == panel})
+            if log_x and values[-1] > 0:  # zero has a place left of the smallest
+                ax.set_xscale("symlog", linthresh=next(value for value in values if value > 0))
+                ax.set_xticks(values, [f"{value:g}" for value in values])
 
 
 def _read_rows(path):
