@@ -4,7 +4,8 @@ Two epochs (PromptKD: four) on 12 base classes of EmojiScenes at 4 shots, tested
 new classes. What is stored is the mean cross entropy on base and new scenes; it holds to 1 %, because kernels round
 differently from one processor and one PyTorch to the next. PromptKD's batch normalization behind a random projection
 magnifies that: new scenes differ by 10 % between a processor's widest instructions and its plainest
-(ATEN_CPU_CAPABILITY=default), so it is 15 % there. Change a figure only together with a change that is meant to move it.
+(ATEN_CPU_CAPABILITY=default), so it is 15 % there. Change a figure only together with a change that is meant to move
+it.
 """
 
 import contextlib
