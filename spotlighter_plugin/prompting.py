@@ -117,7 +117,8 @@ class CLIPClassifier(nn.Module):
         tensors = itertools.chain(self.parameters(), self.buffers())
         state = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
         if self._cached[0] != state:
-            self._cached = (state, normalize(self.encode_text()))
+            with torch.autocast(self.logit_scale.device.type, enabled=False):  # kept for calls outside of it, too
+                self._cached = (state, normalize(self.encode_text()))
         return self._cached[1]
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:

@@ -59,6 +59,17 @@ def test_distillation_falls_and_only_prompts_and_projection_change(tmp_path, tau
     assert all(torch.equal(value, teacher[name]) for name, value in trainer.model_teacher.state_dict().items())
 
 
+def test_texts_kept_while_training_under_amp_serve_evaluation_in_float32(tmp_path, taught):
+    trainer = promptkd(tmp_path, taught, "TRAINER.PROMPTKD.PREC", "amp")
+    losses_over(trainer, 1)
+    trainer.set_model_mode("eval")
+    images = batch_of(trainer)["img"]
+    with torch.no_grad():
+        logits = trainer.model_inference(images)
+        assert logits.dtype == torch.float32
+        torch.testing.assert_close(trainer.model_teacher(images), taught[2](images))
+
+
 def test_labels_are_never_looked_at(tmp_path, taught):
     trainer = promptkd(tmp_path, taught)
     images = batch_of(trainer)["img"]
