@@ -55,9 +55,9 @@ class Outcome:
         return harmonic_mean(self.accuracy("base"), self.accuracy("new"))
 
 
-def harmonic_mean(base: float, new: float) -> float:
+def harmonic_mean(base, new):
     """HM = 2 base new / (base + new); 0 where both are."""
-    return 2 * base * new / max(base + new, 1e-12)
+    return 2 * base * new / np.maximum(base + new, 1e-12)
 
 
 class Laboratory:
@@ -87,11 +87,7 @@ class Laboratory:
                 trained = self.trainer(method, seed, self.classes[0], folder)
                 if trained.get_model_names():
                     trained.train()
-                correct = {"base": self._test(trained)}
-                other = self.trainer(method, seed, self.classes[1], folder)
-                if other.get_model_names():
-                    other.load_model(folder, epoch=trained.max_epoch)
-                correct["new"] = self._test(other)
+                correct = self._test_both(trained, method, seed, folder)
             finally:
                 if log:
                     log.parent.mkdir(parents=True, exist_ok=True)
@@ -119,19 +115,36 @@ class Laboratory:
         set_random_seed(seed)
         trainer = kind(cfg)
         if self.block is None and self.thin > 1:
-            images = trainer.test_loader.dataset
-            few = Subset(images, range(0, len(images), self.thin))
-            trainer.test_loader = DataLoader(few, cfg.DATALOADER.TEST.BATCH_SIZE)
+            for loader in ["test_loader", *(["val_loader"] if _tests_twice(cfg) else [])]:
+                images = getattr(trainer, loader).dataset
+                few = Subset(images, range(0, len(images), self.thin))
+                setattr(trainer, loader, DataLoader(few, cfg.DATALOADER.TEST.BATCH_SIZE))
         return trainer
 
+    def _test_both(self, trained, method: Method, seed: int, folder: str) -> dict[str, np.ndarray]:
+        if _tests_twice(trained.cfg):
+            return {"base": self._test(trained, "val"), "new": self._test(trained, "test")}
+        correct = {"base": self._test(trained)}
+        other = self.trainer(method, seed, self.classes[1], folder)
+        if other.get_model_names():
+            other.load_model(folder, epoch=trained.max_epoch)
+        return {**correct, "new": self._test(other)}
+
     @torch.no_grad()
-    def _test(self, trainer) -> np.ndarray:
+    def _test(self, trainer, split: str = "test") -> np.ndarray:
         trainer.set_model_mode("eval")
-        right = []
-        for batch in trainer.test_loader:
+        trainer.split, right = split, []
+        for batch in trainer.val_loader if split == "val" else trainer.test_loader:
             images, labels = trainer.parse_batch_test(batch)
             right.append(trainer.model_inference(images).argmax(1) == labels)
         return torch.cat(right).cpu().numpy()
+
+
+def _tests_twice(cfg) -> bool:
+    """Whether one model has both halves: PromptKD's own protocol tests base classes in val and new ones in test."""
+    from datasets.common import takes_all_classes
+
+    return takes_all_classes(cfg)
 
 
 def paired_interval(
@@ -152,7 +165,7 @@ def paired_interval(
             counts = rng.multinomial(n, cells / n, size=draws)
             rates[part] = 100 * (counts[:, 2] + counts[:, 3]) / n, 100 * (counts[:, 1] + counts[:, 3]) / n
         (base_a, base_b), (new_a, new_b) = rates["base"], rates["new"]
-        drawn += (2 * base_a * new_a / (base_a + new_a) - 2 * base_b * new_b / (base_b + new_b)) / len(first)
+        drawn += (harmonic_mean(base_a, new_a) - harmonic_mean(base_b, new_b)) / len(first)
     mean = float(np.mean([a.harmonic_mean - b.harmonic_mean for a, b in zip(first, second, strict=True)]))
     low, high = np.percentile(drawn, [2.5, 97.5])
     return mean, float(low), float(high)

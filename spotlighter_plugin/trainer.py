@@ -122,8 +122,8 @@ class SpotlighterTrainerMixin:
         """
         if not self.model.config.prototype_logits:
             return
-        shots = lambda: map(self.parse_batch_test, self.shot_loader())  # noqa: E731
         with torch.random.fork_rng(), torch.autocast(self.device.type, enabled=self._precision() == "amp"):
+            shots = self._filed_shots()
             if self._has_validation():
                 held_out = "validation split"
                 count = self.model.remember(shots())
@@ -136,6 +136,18 @@ class SpotlighterTrainerMixin:
         if right is not None:
             weight = self.model.plugin.mapping.match_weight.item()
             print(f"Match with {count} shots: weight {weight:.3g}, {100 * right:.1f} % of the {held_out} right")
+
+    def _filed_shots(self):
+        """A function that goes through the shots, with the classes that the host files them under, found out once."""
+        classes = []
+
+        def shots():
+            for i, (images, labels) in enumerate(map(self.parse_batch_test, self.shot_loader())):
+                if i == len(classes):
+                    classes.append(self.model.adapter.assignment_labels(images, labels))
+                yield images, classes[i]
+
+        return shots
 
     def _has_validation(self):
         """Whether there are validation images that are no test images; parts `inner-…` are for choosing, and share."""

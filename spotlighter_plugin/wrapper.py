@@ -137,7 +137,8 @@ class SpotlighterWrapper(nn.Module):
         """Write the training images into the memory, as the trained model sees them, in place of what was there.
 
         Args:
-            batches: pairs of images (B, 3, h, w) and labels (B,); of a class the first ``match_shots`` are taken.
+            batches: pairs of images (B, 3, h, w) and the classes (B,) to file them under; of a class the first
+                ``match_shots`` are taken.
 
         Returns:
             The number of images remembered; 0 if nothing is matched.
@@ -150,7 +151,6 @@ class SpotlighterWrapper(nn.Module):
         described, rows = [], []
         with self._evaluating():
             for images, labels in batches:
-                labels = self.adapter.assignment_labels(images, labels)
                 new = place_in_class(labels) + seen[labels] < limit
                 if not new.any():
                     continue

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from dassl.engine import TRAINER_REGISTRY
 from torch import nn
 
+from spotlighter_plugin.hosts.promptkd import classes_of_split
 from spotlighter_plugin.losses import text_regularisation
 from spotlighter_plugin.prompting import normalize
 from trainers.clipfit import CLIPFit
@@ -69,10 +70,11 @@ class ClsCache:
     def after_train(self):
         super().after_train()
         self.set_model_mode("eval")
-        keys, votes = zip(*[self._features(batch) for batch in self.train_loader_x], strict=True)
-        keys, votes = torch.cat(keys), F.one_hot(torch.cat(votes), self.num_classes).float()  # (n, d), (n, C)
-        seen = [self._features(batch) for batch in self.val_loader]
-        values, labels = (torch.cat(part) for part in zip(*seen, strict=True))
+        self._remember(self._all_features(self.train_loader_x), self._all_features(self.val_loader))
+
+    def _remember(self, shots, held_out):
+        keys, votes = shots[0], F.one_hot(shots[1], self.num_classes).float()  # (n, d), (n, C)
+        values, labels = held_out
         logits, best = self._logits(values), -1.0
         for sharpness in self.sharpnesses:
             match = (-sharpness * (1 - values @ keys.T)).exp() @ votes  # (n of val, C)
@@ -81,8 +83,12 @@ class ClsCache:
                 if accuracy > best:
                     best, self.cache = accuracy, (keys, votes, weight, sharpness)
 
-    def _features(self, batch):
-        images, labels = self.parse_batch_test(batch)
+    def _all_features(self, loader):
+        """Features (n, d) and classes (n,) of a loader's images."""
+        seen = [self._features(*self.parse_batch_test(batch)) for batch in loader]
+        return [torch.cat(part) for part in zip(*seen, strict=True)]
+
+    def _features(self, images, labels):
         return normalize(self.model.encode_image(images)), labels
 
     def _logits(self, features):
@@ -95,6 +101,22 @@ class ClsCache:
             return logits
         keys, votes, weight, sharpness = self.cache
         return logits + weight * (-sharpness * (1 - features @ keys.T)).exp() @ votes
+
+
+class TaughtCache(ClsCache):
+    """The same for PromptKD: images are filed under the teacher's labels, and every second one weighs the others."""
+
+    def _features(self, images, labels):
+        return super()._features(images, self.model_teacher(images).argmax(1))
+
+    def _remember(self, shots, held_out):
+        super()._remember([part[::2] for part in shots], [part[1::2] for part in shots])
+        _, _, weight, sharpness = self.cache
+        self.cache = shots[0], F.one_hot(shots[1], self.num_classes).float(), weight, sharpness
+
+    def model_inference(self, images):
+        kept = classes_of_split(self.cfg.TRAINER.MODAL, self.num_texts, self.split)
+        return super().model_inference(images)[:, kept]
 
 
 class Attached:
@@ -112,4 +134,5 @@ for kind in (MaPLeSpotlighter, CLIPFitSpotlighter, PromptKDSpotlighter):
     TRAINER_REGISTRY.register()(type(kind.__name__.replace("Spotlighter", "Attached"), (Attached, kind), {}))
 
 for host in (CoOp, CoOpTextRegularised, MaPLe, CLIPFit, PromptKD):
-    TRAINER_REGISTRY.register()(type(f"{host.__name__}Cache", (ClsCache, host), {}))
+    cache = TaughtCache if host is PromptKD else ClsCache
+    TRAINER_REGISTRY.register()(type(f"{host.__name__}Cache", (cache, host), {}))

@@ -23,11 +23,8 @@ class PromptKDSpotlighter(SpotlighterTrainerMixin, TRAINER_REGISTRY.get("PromptK
         options = self.cfg.TRAINER.PROMPTKD
         return PromptKDAdapter(host, class_names, self.model_teacher, options.KD_WEIGHT, options.TEMPERATURE)
 
-    def _remember(self):
-        if self.cfg.TRAINER.MODAL == "base2novel":  # val holds test images there
-            print("No validation split under TRAINER.MODAL base2novel: PROTOTYPE_LOGITS has no effect")
-            return
-        super()._remember()
+    def _has_validation(self):
+        return self.cfg.TRAINER.MODAL != "base2novel" and super()._has_validation()  # val holds test images there
 
     def test(self, split=None):
         self.split = split or self.cfg.TEST.SPLIT
