@@ -51,27 +51,8 @@ PRESETS = {
         "stages": (),
         "fuse_dropped": True,
     },
-    "fast": {
-        "top_k": 32,
-        "prototypes": 4,
-        "select_block": 4,
-        "alpha": 0.2,
-        "beta": 0.8,
-        "lambda1": 0.02,
-        "lambda2": 20.0,
-        "lambda3": 0.1,
-        "mapping": "none",
-        "levels": "1+2",
-        "activation": "attention",
-        "semantic_activation": False,
-        "recalculate": False,
-        "prototypes_in": "none",
-        "prototype_logits": True,
-        "losses": ("reg_text", "kl_visual", "local"),
-        "stages": (),
-        "fuse_dropped": True,
-    },
 }
+PRESETS["fast"] = PRESETS["default"] | {"top_k": 32, "select_block": 4}
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """SpotlighterTrainerMixin: the plug-in in a Dassl trainer, whatever the host."""
 
 import os.path as osp
+import random
 from collections import defaultdict
 from importlib import import_module
 
@@ -105,14 +106,15 @@ class SpotlighterTrainerMixin:
         print(f'Loaded {self.folder} from "{path}" (epoch = {checkpoint["epoch"]})')
 
     def shot_loader(self):
-        """The training images in order, once each and without augmentation."""
+        """The training images, once each and without augmentation; of very many some, twice what the memory holds."""
         from dassl.data.data_manager import build_data_loader
         from dassl.data.transforms import build_transform
 
         transform, size = build_transform(self.cfg, is_train=False), self.cfg.DATALOADER.TEST.BATCH_SIZE
-        return build_data_loader(
-            self.cfg, "SequentialSampler", self.dm.dataset.train_x, size, tfm=transform, is_train=False
-        )
+        shots, most = self.dm.dataset.train_x, 2 * self.model.config.match_shots * len(self.model.class_names)
+        if len(shots) > most:  # PromptKD's unlabelled images, or NUM_SHOTS -1
+            shots = random.Random(0).sample(shots, most)
+        return build_data_loader(self.cfg, "SequentialSampler", shots, size, tfm=transform, is_train=False)
 
     def _remember(self):
         """Write the shots down and weigh the match with them on held-out images; the checkpoint holds both.

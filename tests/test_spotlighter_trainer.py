@@ -179,3 +179,11 @@ def test_the_match_is_never_weighed_on_test_images(tmp_path, options, validation
     assert len(labels) == (len(trainer.dm.dataset.val) if own else sum(shots.count(c) // 2 for c in set(shots)))
     assert ("no validation split" in capsys.readouterr().out) == (not own)
     assert trainer.model.plugin.memory.filled.sum() == len(shots)
+
+
+def test_of_a_large_training_set_a_fixed_sample_of_twice_what_the_memory_holds_is_looked_at(tmp_path, options):
+    trainer = spotlighter(tmp_path, options, "TRAINER.SPOTLIGHTER.MATCH_SHOTS", 1)
+    seen = [[path for batch in trainer.shot_loader() for path in batch["impath"]] for _ in range(2)]
+    every = [item.impath for item in trainer.dm.dataset.train_x]
+    assert len(every) == 24 and len(set(seen[0])) == 12 and set(seen[0]) <= set(every)
+    assert seen[0] == seen[1]
