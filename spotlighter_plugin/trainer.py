@@ -28,6 +28,7 @@ class SpotlighterTrainerMixin:
 
     adapter = None
     folder = "spotlighter"
+    is_remembered = False  # whether the memory holds the shots as the model sees them at present
 
     def check_cfg(self, cfg):
         super().check_cfg(cfg)
@@ -81,8 +82,17 @@ class SpotlighterTrainerMixin:
         with torch.autocast(self.device.type, enabled=self._precision() == "amp"):
             return self.model(images)
 
+    def after_epoch(self):
+        test = self.cfg.TEST
+        if test.FINAL_MODEL == "best_val" and not test.NO_TEST:
+            self._remember()  # the match counts where models are compared
+            self.is_remembered = True
+        super().after_epoch()
+        self.is_remembered = False
+
     def save_model(self, epoch, directory, *args, **kwargs):
-        self._remember()
+        if not self.is_remembered:
+            self._remember()
         super().save_model(epoch, directory, *args, **kwargs)
 
     def load_model(self, directory, epoch=None):

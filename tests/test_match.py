@@ -84,9 +84,7 @@ def test_the_match_is_the_mean_vote_of_each_tokens_best_key_among_the_most_alike
     cosines, classes = match.resemblance(queries, shots, shots.coarse())
     found = match.votes(cosines, classes, 3.0, len(NAMES))
     keys = shots.keys.double()
-    images = {
-        c: [unit(keys[c, v].mean(0)) for v in range(n)] for c, n in enumerate(shots.filled.sum(1).tolist()) if n
-    }
+    images = {c: [unit(keys[c, v].mean(0)) for v in range(n)] for c, n in enumerate(shots.filled.sum(1).tolist()) if n}
     if many < len(NAMES):
         images = {c: [unit(sum(own))] for c, own in images.items()}
     for b, query in enumerate(queries.double()):

@@ -187,3 +187,13 @@ def test_of_a_large_training_set_a_fixed_sample_of_twice_what_the_memory_holds_i
     every = [item.impath for item in trainer.dm.dataset.train_x]
     assert len(every) == 24 and len(set(seen[0])) == 12 and set(seen[0]) <= set(every)
     assert seen[0] == seen[1]
+
+
+def test_models_are_compared_on_validation_with_the_match_which_is_made_once_an_epoch(tmp_path, options, monkeypatch):
+    options = [*options, "TEST.NO_TEST", False, "TEST.FINAL_MODEL", "best_val", "OPTIM.MAX_EPOCH", 2]
+    trainer = spotlighter(tmp_path, options)
+    events, remember, test = [], trainer._remember, trainer.test
+    monkeypatch.setattr(trainer, "_remember", lambda: (events.append("remember"), remember()))
+    monkeypatch.setattr(trainer, "test", lambda split=None: (events.append(split or "test"), test(split))[1])
+    trainer.train()
+    assert events == ["remember", "val", "remember", "val", "test"]
