@@ -56,7 +56,7 @@ class Outcome:
 
 
 def harmonic_mean(base, new):
-    """HM = 2 base new / (base + new); 0 where both are."""
+    """HM = 2 base new / (base + new); 0 where both are. Numbers, or arrays of one shape."""
     return 2 * base * new / np.maximum(base + new, 1e-12)
 
 
@@ -133,7 +133,7 @@ class Laboratory:
     @torch.no_grad()
     def _test(self, trainer, split: str = "test") -> np.ndarray:
         trainer.set_model_mode("eval")
-        trainer.split, right = split, []
+        trainer.split, right = split, []  # PromptKD classifies among the split's classes
         for batch in trainer.val_loader if split == "val" else trainer.test_loader:
             images, labels = trainer.parse_batch_test(batch)
             right.append(trainer.model_inference(images).argmax(1) == labels)

@@ -73,6 +73,7 @@ class ClsCache:
         self._remember(self._all_features(self.train_loader_x), self._all_features(self.val_loader))
 
     def _remember(self, shots, held_out):
+        """Keep the shots, with the weight that suits what is held out; each is features (n, d) and classes (n,)."""
         keys, votes = shots[0], F.one_hot(shots[1], self.num_classes).float()  # (n, d), (n, C)
         values, labels = held_out
         logits, best = self._logits(values), -1.0
