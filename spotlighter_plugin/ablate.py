@@ -12,8 +12,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from .backbones import BUNDLED
 from .launch import LAUNCHERS
-from .plan import HERE, Plan
+from .plan import EMOJI, HERE, Plan
 from .report import FORMATS, PAPER, Accuracies, Table, base2new_average, datasets_of
 from .results import find_results
 from .sweep import sweep
@@ -31,6 +32,10 @@ def _switch(option):
     return {"without": (KEY + option, "False"), "with": (KEY + option, "True")}
 
 
+def _backbones(*names):
+    return {name: ("MODEL.BACKBONE.NAME", name) for name in names}
+
+
 def _without(loss):
     return KEY + "LOSSES", ",".join(each for each in ALL_LOSSES if each != loss)
 
@@ -43,7 +48,7 @@ ABLATIONS = {
     },
     "VI": {f"lev{levels}": (KEY + "LEVELS", levels) for levels in ("1", "2", "1+2")},
     "VIII": _switch("SEMANTIC_ACTIVATION"),
-    "X": {name: ("MODEL.BACKBONE.NAME", name) for name in ("ViT-B/16", "ViT-L/14")},
+    "X": _backbones("ViT-B/16", "ViT-L/14"),
     "XI": {
         name: (KEY + "MAPPING", name) for name in ("linear+linear", "transformer+transformer", "transformer+linear")
     },
@@ -71,8 +76,10 @@ class Ablation:
         """{variant's name: its Plan}."""
         if self.name not in ABLATIONS:
             raise ValueError(f"unknown ablation {self.name!r}: take {', '.join(ABLATIONS)}")
-        plans = {}
-        for variant, options in ABLATIONS[self.name].items():
+        variants, plans = ABLATIONS[self.name], {}
+        if self.name == "X" and self.plan.datasets and set(self.plan.datasets) <= {"emoji", *EMOJI}:
+            variants = _backbones(*BUNDLED)
+        for variant, options in variants.items():
             folder = "".join(c if c.isalnum() or c in "+-." else "_" for c in variant)
             output = Path(self.plan.output, "ablation", self.name, folder)
             plans[variant] = replace(self.plan, output=output, options=(*self.plan.options, *options))

@@ -1,4 +1,4 @@
-"""OpenAI CLIP by name or by path, or the bundled tiny CLIP; its text tower on any token embeddings.
+"""OpenAI CLIP by name or by path, or a bundled small CLIP; its text tower on any token embeddings.
 
 `load_clip` is the only entrance for weights: every model is built by OpenAI's own `build_model`, in float32, and
 `apply_precision` then makes of it what the PREC option asks for.
@@ -20,7 +20,8 @@ from clip.model import CLIP, VisionTransformer, convert_weights
 from .compat import openai_clip_model
 
 build_model = openai_clip_model().build_model
-TINY_WEIGHTS = Path(__file__).parent / "weights" / "tiny_clip.safetensors"
+WEIGHTS = Path(__file__).parent / "weights"
+BUNDLED = {"micro": WEIGHTS / "micro_clip.safetensors", "tiny": WEIGHTS / "tiny_clip.safetensors"}  # 128 and 192 wide
 PRECISIONS = ("fp16", "fp32", "amp")
 TEXT_CHUNK = 256  # classes that go through the text tower at once when no gradient is kept
 
@@ -31,8 +32,8 @@ _REQUIRED = ("text_projection", "token_embedding.weight", "positional_embedding"
 def load_clip(name: str, device: str | torch.device = "cpu") -> CLIP:
     """Load a CLIP model in float32 and evaluation mode.
 
-    name: one of OpenAI's names (downloaded with its checksum into ~/.cache/clip), "tiny" (the bundled model), or a path
-        to a TorchScript archive, a state dict (.pt, .pth) or a .safetensors file.
+    name: one of OpenAI's names (downloaded with its checksum into ~/.cache/clip), one of `BUNDLED`, or a path to a
+        TorchScript archive, a state dict (.pt, .pth) or a .safetensors file.
     Raises ValueError (unknown name, file that holds no CLIP), FileNotFoundError (no such file), ConnectionError (the
         download failed); each is one line.
     """
@@ -147,14 +148,14 @@ def save_compact(
 
 
 def _locate(name: str) -> Path:
-    if name == "tiny":
-        path = TINY_WEIGHTS
+    if name in BUNDLED:
+        path = BUNDLED[name]
     elif name in openai_clip._MODELS:
         return _download(name)
     else:
         path = Path(name).expanduser()
         if not path.suffix and not path.is_file():
-            names = ", ".join(["tiny", *openai_clip._MODELS])
+            names = ", ".join([*BUNDLED, *openai_clip._MODELS])
             raise ValueError(f"backbone {name!r} is unknown: set MODEL.BACKBONE.NAME to one of {names}, or to a file")
     if not path.is_file():
         raise FileNotFoundError(f"backbone weights {path} do not exist: set MODEL.BACKBONE.NAME to a file that does")

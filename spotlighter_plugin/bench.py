@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from .backbones import BUNDLED
 from .bench_hosts import DTYPES, HOSTS, SHAPES, build_host, logits_of, shape_of, upstream_logits
 from .config import PRESETS, SpotlighterConfig
 from .prompting import normalize
@@ -83,7 +84,7 @@ class Bench:
         self.device = _device(self.setting.device)
         shape, teacher = shape_of(self.setting.backbone), None
         if self.setting.host == "promptkd":
-            named = self.setting.backbone in SHAPES and self.setting.backbone != "tiny"
+            named = self.setting.backbone in SHAPES and self.setting.backbone not in BUNDLED
             teacher = shape_of(self.setting.teacher or (TEACHER if named else self.setting.backbone))
         torch.manual_seed(0)
         options = self.setting.classes, self.setting.dtype, self.device, teacher
@@ -344,7 +345,7 @@ def command(
         bool, typer.Option("--profile", help="also count operations and show where the time goes")
     ] = False,
     teacher: Annotated[
-        str, typer.Option(help=f"PromptKD's teacher (default: {TEACHER}; tiny, custom: as student)")
+        str, typer.Option(help=f"PromptKD's teacher (default: {TEACHER}; bundled, custom: as student)")
     ] = "",
     json_file: Annotated[Path | None, typer.Option("--json", help="write the records")] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="speed against kept tokens, .png or .svg")] = None,

@@ -66,10 +66,13 @@ def _dassl():
     return f"{dassl.__version__} ({'installed' if compat.real_dassl() else 'our own part of its interface'})"
 
 
-def _tiny_clip():
-    from .backbones import load_clip
+def _bundled(name):
+    def look():
+        from .backbones import load_clip
 
-    return f"{sum(p.numel() for p in load_clip('tiny').parameters()):,} parameters"
+        return f"{sum(p.numel() for p in load_clip(name).parameters()):,} parameters"
+
+    return look
 
 
 app.command("sweep", cls=sweep.ListOptions)(sweep.command)
@@ -86,7 +89,8 @@ CHECKS = {
     "torchvision": _version("torchvision"),
     "clip": _version("clip"),
     "dassl": _dassl,
-    "tiny CLIP": _tiny_clip,
+    "tiny CLIP": _bundled("tiny"),
+    "micro CLIP": _bundled("micro"),
 }
 
 

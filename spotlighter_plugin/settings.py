@@ -37,7 +37,7 @@ def parse(argv=None):
     p.add_argument("--output-dir", default="", help="default: output/<dataset>/<trainer>[/<classes>]/seed<seed>")
     p.add_argument("--seed", type=int, help=f"negative: not seeded (default: {DEFAULT_SEED})")
     p.add_argument("--resume", default="", metavar="DIR", help="continue the run whose output folder this is")
-    p.add_argument("--backbone", default="", help=f"OpenAI's name, a file, or tiny (default: {DEFAULT_BACKBONE})")
+    p.add_argument("--backbone", default="", help=f"OpenAI's name, a file, tiny or micro (default: {DEFAULT_BACKBONE})")
     p.add_argument("--head", default="", help="MODEL.HEAD.NAME")
     p.add_argument("--source-domains", nargs="+", help="DATASET.SOURCE_DOMAINS")
     p.add_argument("--target-domains", nargs="+", help="DATASET.TARGET_DOMAINS")

@@ -154,7 +154,7 @@ def _patch(corner, width, height, colour):
 @app.command()
 def tokens(
     images: Annotated[list[Path], typer.Argument(help="files")],
-    backbone: Annotated[str, typer.Option(help="OpenAI's name, a file, or tiny; without --run")] = "tiny",
+    backbone: Annotated[str, typer.Option(help="OpenAI's name, a file, tiny or micro; without --run")] = "tiny",
     run: RunOption = None,
     epoch: EpochOption = None,
     root: RootOption = None,

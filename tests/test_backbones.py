@@ -178,3 +178,9 @@ def test_a_failed_download_says_where_to_put_the_file(monkeypatch):
 def test_a_text_that_is_too_long_says_what_to_shorten():
     with pytest.raises(ValueError, match="N_CTX"):
         tokenize(["word " * 90])
+
+
+def test_the_bundled_towers_are_of_two_widths_and_load_by_name():
+    towers = {name: load_clip(name) for name in backbones.BUNDLED}
+    assert {name: clip.visual.conv1.out_channels for name, clip in towers.items()} == {"micro": 128, "tiny": 192}
+    assert {clip.visual.input_resolution for clip in towers.values()} == {96}

@@ -329,6 +329,14 @@ def test_an_ablation_on_cached_states_prints_a_table_that_curves_can_draw(tmp_pa
     assert {point[:3] for point in points} == {("top_k", part, k) for part in ("Base", "Novel", "HM") for k in (4, 8)}
 
 
+def test_backbones_are_the_bundled_ones_on_emoji_scenes_and_openais_elsewhere(home):
+    backbones = lambda *datasets: [  # noqa: E731
+        plan.options[-1] for plan in Ablation("X", plan(home, datasets=datasets)).variants().values()
+    ]
+    assert backbones("emoji_scenes", "emoji") == ["micro", "tiny"]
+    assert backbones("dtd") == backbones("emoji_scenes", "dtd") == backbones() == ["ViT-B/16", "ViT-L/14"]
+
+
 def test_an_unknown_ablation_is_one_line(home):
     with pytest.raises(ValueError, match="unknown ablation 'IX': take V, VI"):
         Ablation("IX", plan(home)).chains()

@@ -229,7 +229,9 @@ def main():
     parser.add_argument("--sprites", type=Path, required=True, help="folder made by build_sprites.py, all nine vendors")
     parser.add_argument("--work", type=Path, required=True, help="folder for the resumable state")
     parser.add_argument("--out", type=Path, required=True, help="safetensors file to write at the end")
-    parser.add_argument("--init", type=Path, help="start from this file's weights instead of random ones")
+    parser.add_argument(
+        "--init", type=Path, help="start from this file's weights; if --width differs, its text tower's"
+    )
     parser.add_argument("--width", type=int, default=MODEL["vision_width"], help="of the image tower, 64 a head")
     parser.add_argument("--images", type=int, default=190_000, help="scenes to train on")
     parser.add_argument("--lr", type=float, default=1.5e-3, help="of AdamW, for all but the blocks' matrices")
@@ -252,6 +254,8 @@ def main():
         weights = safetensors.torch.load_file(args.init)
         if not torch.equal(weights.pop("token_embedding.rows"), vocabulary.ids):
             raise ValueError(f"--init {args.init} has another vocabulary: its captions used other words")
+        if weights["visual.class_embedding"].shape != model.visual.class_embedding.shape:  # another width: texts alone
+            weights = model.state_dict() | {k: v for k, v in weights.items() if not k.startswith("visual.")}
         model.load_state_dict({name: weights[name].float() for name in model.state_dict()})
     classifier = nn.Linear(MODEL["embed_dim"], len(names))
     params = [*model.parameters(), *classifier.parameters()]
