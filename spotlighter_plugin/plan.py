@@ -60,7 +60,8 @@ class Run:
     def contradiction(self):
         """A line if the run in the folder was not made with these options, else ""."""
         found = read_run(self.folder).settings
-        for key, value in zip(self.options[::2], self.options[1::2], strict=True):
+        meant = dict(zip(self.options[::2], self.options[1::2], strict=True))  # of equal keys the last
+        for key, value in meant.items():
             if key != "TRAIN.CHECKPOINT_FREQ" and not same(value, found.get(key, value)):
                 return f"{self.folder} holds a complete run with {key} {found[key]}, not {value}: take another --output"
         return ""

@@ -141,6 +141,13 @@ def test_complete_runs_are_skipped(home):
     assert {path: path.stat().st_mtime_ns for path in (home / "output").rglob("log.txt*")} == before
 
 
+def test_an_option_that_overrides_the_plans_own_is_the_one_that_a_complete_run_is_held_to(home):
+    fewer = ("DATASET.NUM_SHOTS", "4")
+    assert run(plan(home, options=fewer))[0] == run(plan(home, options=fewer))[0] == []
+    (failure, _) = run(plan(home))[0]
+    assert "holds a complete run with DATASET.NUM_SHOTS 4, not 16" in failure
+
+
 def test_a_half_done_run_continues_from_its_checkpoint(home):
     run(plan(home))
     train = plan(home).chains()[0][0].folder

@@ -10,41 +10,38 @@ from spotlighter_plugin.losses import text_regularisation
 from spotlighter_plugin.prompting import normalize
 from trainers.clipfit import CLIPFit
 from trainers.clipfit_spotlighter import CLIPFitSpotlighter
-from trainers.coop import CoOp, CustomCLIP
+from trainers.coop import CoOp
 from trainers.maple import MaPLe
 from trainers.maple_spotlighter import MaPLeSpotlighter
 from trainers.promptkd import PromptKD
 from trainers.promptkd_spotlighter import PromptKDSpotlighter
 
 
-class ResidualCLIP(CustomCLIP):
-    """CoOp's model with a residual d × d on its text embeddings, starting at zero: Eq. 11 without any token."""
+class ResidualTexts:
+    """In front of a host's model: a residual d × d on its text embeddings, Eq. 11 without any token."""
 
     alpha = 0.2
-
-    def __init__(self, cfg, class_names, clip_model):
-        super().__init__(cfg, class_names, clip_model)
-        dim = clip_model.text_projection.shape[1]
-        self.prompt_learner.residual = nn.Linear(dim, dim)  # saved with the prompts
-        nn.init.zeros_(self.prompt_learner.residual.weight)
-        nn.init.zeros_(self.prompt_learner.residual.bias)
 
     def encode_text(self):
         text = normalize(super().encode_text())  # (C, d)
         return text + self.alpha * self.prompt_learner.residual(text)
 
 
-@TRAINER_REGISTRY.register()
-class CoOpTextResidual(CoOp):
-    """CoOp with a trained residual on its text embeddings."""
+class TextResidual:
+    """A host with a trained residual on its text embeddings, which starts at zero."""
 
     def make_model(self, clip_model, class_names):
-        return ResidualCLIP(self.cfg, class_names, clip_model)
+        model = super().make_model(clip_model, class_names)
+        dim = clip_model.text_projection.shape[1]
+        model.prompt_learner.residual = nn.Linear(dim, dim)  # saved with the prompts
+        nn.init.zeros_(model.prompt_learner.residual.weight)
+        nn.init.zeros_(model.prompt_learner.residual.bias)
+        model.__class__ = type("ResidualCLIP", (ResidualTexts, type(model)), {})
+        return model
 
 
-@TRAINER_REGISTRY.register()
-class CoOpTextRegularised(CoOp):
-    """CoOp with L_reg_text of Eq. 14 as Spotlighter weighs it, and nothing else."""
+class TextRegularised:
+    """A host with L_reg_text of Eq. 14 as Spotlighter weighs it, and nothing else."""
 
     weight = 20.0
 
@@ -131,9 +128,17 @@ class Attached:
         self._remember()
 
 
-for kind in (MaPLeSpotlighter, CLIPFitSpotlighter, PromptKDSpotlighter):
-    TRAINER_REGISTRY.register()(type(kind.__name__.replace("Spotlighter", "Attached"), (Attached, kind), {}))
+def register(name, *parts):
+    """Register the trainer of this name that is made of these parts; returns it."""
+    return TRAINER_REGISTRY.register()(type(name, parts, {}))
 
-for host in (CoOp, CoOpTextRegularised, MaPLe, CLIPFit, PromptKD):
-    cache = TaughtCache if host is PromptKD else ClsCache
-    TRAINER_REGISTRY.register()(type(f"{host.__name__}Cache", (cache, host), {}))
+
+for host in (CoOp, MaPLe, CLIPFit):
+    register(f"{host.__name__}TextResidual", TextResidual, host)
+    regularised = register(f"{host.__name__}TextRegularised", TextRegularised, host)
+    register(f"{host.__name__}TextRegularisedCache", ClsCache, regularised)
+    register(f"{host.__name__}Cache", ClsCache, host)
+register("PromptKDCache", TaughtCache, PromptKD)
+
+for kind in (MaPLeSpotlighter, CLIPFitSpotlighter, PromptKDSpotlighter):
+    register(kind.__name__.replace("Spotlighter", "Attached"), Attached, kind)

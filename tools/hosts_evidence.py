@@ -57,12 +57,17 @@ def options_of(host: str, folder: Path, dataset: str, seed: int) -> dict:
 
 
 def rows(host: str, options: dict) -> list[Method]:
-    """A host's rows: alone, with each control, with Spotlighter."""
+    """A host's rows: alone, with each control, with Spotlighter. PromptKD's texts are its teacher's, not tuned."""
     plugin, kind = f"{host} + Spotlighter", f"{host}Spotlighter"
+    text_controls = [
+        Method(f"{host} + L_reg_text", f"{host}TextRegularised", options),
+        Method(f"{host} + text residual", f"{host}TextResidual", options),
+    ]
     return [
         ZERO_SHOT,
         *([TEACHER, STUDENT] if host == "PromptKD" else []),
         Method(host, host, options, trained_as=host),
+        *([] if host == "PromptKD" else text_controls),
         Method(f"{host} + cache of CLS", f"{host}Cache", options, trained_as=host),
         Method(f"{plugin}, attached when trained", f"{host}Attached", options, trained_as=host),
         Method(f"{plugin}, attached, random tokens", f"{host}Attached", {**options, **RANDOM}, trained_as=host),
@@ -77,7 +82,8 @@ def candidates(host: str, options: dict) -> list[Method]:
         Method(" ".join(str(part) for part in (name, *chosen.values()) if part != "cross"), name, {**common, **chosen})
         for name, common in trained.items() for chosen in CANDIDATES[name]
     ]  # fmt: skip
-    return [*rows(host, options)[:-5], *methods]
+    there = rows(host, options)
+    return [*there[: [method.trainer for method in there].index(host)], *methods]
 
 
 def main():

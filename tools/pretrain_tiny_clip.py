@@ -4,7 +4,9 @@
     python tools/pretrain_tiny_clip.py --sprites SPRITES --work DIR --out tiny_clip.safetensors
 
 The result belongs to ``spotlighter_plugin/weights``. With ``--width 384`` it is a larger teacher for PromptKD instead,
-to be tuned with ``--trainer PromptSRC --backbone FILE`` and named in ``TRAINER.PROMPTKD.TEACHER_NAME``.
+to be tuned with ``--trainer PromptSRC --backbone FILE`` and named in ``TRAINER.PROMPTKD.TEACHER_NAME``. With
+``--distil FILE`` the image tower learns another CLIP's image features instead, on the same patches, for that CLIP's own
+text tower; the bundled micro CLIP is made of the tiny one so.
 
 Scenes and captions are made on the fly. Three stages share one cosine schedule: a 6 x 6 window of patches around the
 sprite, then 48 of the 144 patches of whole scenes, then all patches. Loss: a linear classifier that is thrown away,
@@ -218,6 +220,15 @@ def zero_shot(model, vocabulary, names, folder, stage, number_of=2) -> dict[str,
     return result
 
 
+def teaching_losses(teacher, images, patches, image, text) -> dict[str, torch.Tensor]:
+    """How far features (B, d) are from the teacher's, as such and in what they say of scaled texts (C, d)."""
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        target = encode_image(teacher, images, patches)  # (B, d)
+    said, meant = (F.log_softmax(features @ text.T, 1) for features in (image, target))
+    return {"names": F.kl_div(said, meant, reduction="batchmean", log_target=True),
+            "features": 1 - (image * target).sum(1).mean()}  # fmt: skip
+
+
 def save(state: dict, path: Path) -> None:
     aside = path.with_suffix(".tmp")
     torch.save(state, aside)
@@ -229,9 +240,8 @@ def main():
     parser.add_argument("--sprites", type=Path, required=True, help="folder made by build_sprites.py, all nine vendors")
     parser.add_argument("--work", type=Path, required=True, help="folder for the resumable state")
     parser.add_argument("--out", type=Path, required=True, help="safetensors file to write at the end")
-    parser.add_argument(
-        "--init", type=Path, help="start from this file's weights; if --width differs, its text tower's"
-    )
+    parser.add_argument("--init", type=Path, help="start from this file's weights instead of random ones")
+    parser.add_argument("--distil", type=Path, help="learn this CLIP's image features, for its text tower")
     parser.add_argument("--width", type=int, default=MODEL["vision_width"], help="of the image tower, 64 a head")
     parser.add_argument("--images", type=int, default=190_000, help="scenes to train on")
     parser.add_argument("--lr", type=float, default=1.5e-3, help="of AdamW, for all but the blocks' matrices")
@@ -242,6 +252,8 @@ def main():
 
     import clip.model
     from rich.progress import Progress, TimeRemainingColumn
+
+    from spotlighter_plugin.backbones import load_clip, save_compact
 
     torch.manual_seed(args.seed)
     names = concepts(args.sprites)
@@ -254,12 +266,19 @@ def main():
         weights = safetensors.torch.load_file(args.init)
         if not torch.equal(weights.pop("token_embedding.rows"), vocabulary.ids):
             raise ValueError(f"--init {args.init} has another vocabulary: its captions used other words")
-        if weights["visual.class_embedding"].shape != model.visual.class_embedding.shape:  # another width: texts alone
-            weights = model.state_dict() | {k: v for k, v in weights.items() if not k.startswith("visual.")}
         model.load_state_dict({name: weights[name].float() for name in model.state_dict()})
-    classifier = nn.Linear(MODEL["embed_dim"], len(names))
-    params = [*model.parameters(), *classifier.parameters()]
-    hidden = [p for m in (model.visual.transformer, model.transformer) for p in m.parameters() if p.ndim == 2]
+    teacher = None
+    if args.distil:
+        teacher = load_clip(str(args.distil))
+        texts = teacher.state_dict() | {"token_embedding.weight": teacher.token_embedding.weight[vocabulary.ids]}
+        model.load_state_dict({name: v for name, v in texts.items() if not name.startswith("visual.")}, strict=False)
+        model.requires_grad_(False).visual.requires_grad_(True)
+        with torch.no_grad():
+            text = encode_text(model, *vocabulary([TEMPLATES[0].format(name) for name in names]))  # (C, d)
+    classifier = nn.Linear(MODEL["embed_dim"], len(names)).requires_grad_(not args.distil)
+    params = [p for p in (*model.parameters(), *classifier.parameters()) if p.requires_grad]
+    blocks = (*model.visual.transformer.parameters(), *model.transformer.parameters())
+    hidden = [p for p in blocks if p.ndim == 2 and p.requires_grad]
     others = [p for p in params if all(p is not h for h in hidden)]
     optimizers = (
         torch.optim.Muon(hidden, lr=args.muon_lr, momentum=0.95, weight_decay=0.01),
@@ -300,18 +319,23 @@ def main():
                 optimizer.param_groups[0]["lr"] = rate * full
 
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                image = encode_image(model, images, choose_patches(boxes, stage, generator))  # (B, d)
-            losses = {"classes": F.cross_entropy(classifier(16 * image), labels)}
-            loss = (1.0 if share < 0.4 else 0.3) * losses["classes"]
+                patches = choose_patches(boxes, stage, generator)
+                image = encode_image(model, images, patches)  # (B, d)
             scale = model.logit_scale.exp()
-            if share >= WITHOUT_TEXT:
+            if teacher is None:
+                losses = {"classes": F.cross_entropy(classifier(16 * image), labels)}
+                loss = (1.0 if share < 0.4 else 0.3) * losses["classes"]
+            else:
+                losses = teaching_losses(teacher, images, patches, image, scale * text)
+                loss = losses["names"] + 5 * losses["features"]
+            if teacher is None and share >= WITHOUT_TEXT:
                 with torch.autocast("cpu", dtype=torch.bfloat16):
                     text = encode_text(model, *vocabulary(texts))
                 similarity = scale * image @ text.T
                 target = torch.arange(BATCH)
                 losses["captions"] = (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target)) / 2
                 loss = loss + losses["captions"]
-            if share >= WITHOUT_TEXT and normal.any() and step % 2 == 0:
+            if teacher is None and share >= WITHOUT_TEXT and normal.any() and step % 2 == 0:
                 present = labels.unique()
                 rest = torch.randperm(len(names), generator=generator)
                 rest = rest[~torch.isin(rest, present)][: len(names) // 3]
@@ -348,10 +372,10 @@ def main():
                      "optimizers": [optimizer.state_dict() for optimizer in optimizers], "step": step}, last,
                 )  # fmt: skip
 
-    from spotlighter_plugin.backbones import save_compact
-
     accuracy = zero_shot(model, vocabulary, names, args.sprites, "all", number_of=1)
     recipe = f"--width {args.width} --images {args.images} --lr {args.lr} --muon-lr {args.muon_lr} --seed {args.seed}"
+    if args.distil:
+        recipe = f"--distil {args.distil.name} {recipe}"
     args.out.parent.mkdir(parents=True, exist_ok=True)
     save_compact(
         model.state_dict(), args.out, rows=vocabulary.ids, half=True,
