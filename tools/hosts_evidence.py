@@ -43,7 +43,7 @@ CANDIDATES = {
 RANDOM = {"TRAINER.SPOTLIGHTER.ACTIVATION": "random"}
 ZERO_SHOT = Method("zero-shot CLIP", "ZeroshotCLIP", {"DATALOADER.NUM_WORKERS": 0})
 STUDENT = Method("zero-shot CLIP, student's tower", "ZeroshotCLIP", {**ZERO_SHOT.options, TOWER: "micro"})
-TUNED = {**COMMON, EPOCHS: 1, "TRAINER.PROMPTSRC.GPA_MEAN": 1}
+TUNED = {**COMMON, RATE: 0.005, EPOCHS: 3}
 TEACHER = Method("PromptSRC (teacher)", "PromptSRC", TUNED, "PromptSRC")
 
 
