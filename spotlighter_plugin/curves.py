@@ -74,7 +74,9 @@ def _read_rows(path):
 
 
 def _reported(row):
-    """A row of report's CSV as a point, None for one that has no x or no value."""
+    """A row of report's CSV as a point, None for one that has no x, no value, or averages a part of the data sets."""
+    if (row.get("missing") or "").endswith("sets"):
+        return None
     try:
         mean, deviation = float(row["mean"]), float(row["std"] or 0)
         by_name = re.fullmatch(r"(\w+) (-?[\d.]+)", row["method"])

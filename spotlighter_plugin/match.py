@@ -3,7 +3,7 @@
 Once training is over, the few tokens that mattered most in each training image are written down, each beside its
 image's CLS, seen along directions that tell classes apart rather than images of one class. A test image's own few
 tokens then vote: each for the classes whose tokens resemble it most. The shots are remembered as they are, so training
-leaves the match out, and ``choose`` weighs it on held-out images.
+leaves the match out. Then ``choose`` weighs it on held-out images, or ``equal_say`` where nobody knows their labels.
 """
 
 import torch
@@ -37,7 +37,7 @@ class ShotMemory(NamedClasses):
         self.register_buffer("filled", torch.zeros(len(class_names), 0, dtype=torch.bool))
         self.register_buffer("centre", torch.zeros(0))
         self.register_buffer("view", torch.zeros(0, 0))
-        self.register_buffer("sharpness", torch.zeros(()))
+        self.register_buffer("sharpness", torch.tensor(SHARPNESSES[0]))  # 0 would make NaN of classes without images
 
     @property
     def is_empty(self) -> bool:
@@ -161,6 +161,19 @@ def choose(logits: Tensor, labels: Tensor, matches: list[Tensor]) -> tuple[float
             if right > best[2]:
                 best = (sharpness, weight * gain, right)
     return best
+
+
+def equal_say(logits: Tensor, match: Tensor) -> float:
+    """The weight at which the match says as much as the texts do, for images whose labels nobody knows.
+
+    Either says as much as an image's best class stands out from the mean of all, on average over the images.
+
+    Args:
+        logits: (n, C), from the texts alone.
+        match: ``votes``, (n, C).
+    """
+    texts, match = ((scores.amax(1) - scores.mean(1)).mean().item() for scores in (logits, match))
+    return texts / match if match > 0 else 0.0
 
 
 def place_in_class(rows: Tensor) -> Tensor:

@@ -130,7 +130,8 @@ class SpotlighterTrainerMixin:
         """Write the shots down and weigh the match with them on held-out images; the checkpoint holds both.
 
         Held out is the validation split. Where there is none, or a data set lends its test images as one, every second
-        shot of a class weighs the match with the others, before all are written down.
+        shot of a class weighs the match with the others, before all are written down. A host that guesses its shots'
+        labels was trained to say the same of them, so there the match is given as much to say as the texts.
         """
         if not self.model.config.prototype_logits:
             return
@@ -143,11 +144,16 @@ class SpotlighterTrainerMixin:
             else:
                 held_out = "held-out shots (there is no validation split)"
                 self.model.remember(_every_second(shots(), 0))
-                right = self.model.calibrate(_every_second(shots(), 1))
+                rest = _every_second(shots(), 1)
+                if self.model.adapter.guesses_labels:
+                    rest = ((images, None) for images, _ in rest)
+                right = self.model.calibrate(rest)
                 count = self.model.remember(shots())
+        weight = self.model.plugin.mapping.match_weight.item()
         if right is not None:
-            weight = self.model.plugin.mapping.match_weight.item()
             print(f"Match with {count} shots: weight {weight:.3g}, {100 * right:.1f} % of the {held_out} right")
+        elif weight:
+            print(f"Match with {count} shots: weight {weight:.3g}, as much to say as the texts on the {held_out}")
 
     def _filed_shots(self):
         """A function that goes through the shots, with the classes that the host files them under, found out once."""

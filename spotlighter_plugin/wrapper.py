@@ -12,7 +12,7 @@ from . import activation, losses
 from .config import SpotlighterConfig
 from .hosts import adapter_for
 from .mapping import build_mapping
-from .match import SHARPNESSES, ShotMemory, choose, describe, place_in_class, resemblance, votes
+from .match import SHARPNESSES, ShotMemory, choose, describe, equal_say, place_in_class, resemblance, votes
 from .memory_bank import NamedClasses, SemanticMemoryBank, affinity
 from .token_stream import TokenStream, check_tower
 
@@ -171,10 +171,12 @@ class SpotlighterWrapper(nn.Module):
         """Weigh the match with the memory on held-out images of its classes, never on the remembered ones.
 
         Args:
-            batches: pairs of images (B, 3, h, w) and labels (B,).
+            batches: pairs of images (B, 3, h, w) and labels (B,), or None for all labels: without them the match is
+                given as much to say as the texts.
 
         Returns:
-            The share of these images that the calibrated model gets right; None if there is nothing to match.
+            The share of these images that the calibrated model gets right; None without labels, or if there is nothing
+            to match.
         """
         weight, memory = self.plugin.mapping.match_weight, self.plugin.memory
         weight is None or weight.zero_()
@@ -189,8 +191,11 @@ class SpotlighterWrapper(nn.Module):
                 labels.append(targets)
                 matches.append([self._match(step, b) for b in SHARPNESSES])
             if logits:
-                matches = [torch.cat(match) for match in zip(*matches, strict=True)]
-                sharpness, chosen, right = choose(torch.cat(logits), torch.cat(labels), matches)
+                logits, matches = torch.cat(logits), [torch.cat(match) for match in zip(*matches, strict=True)]
+                if labels[0] is None:
+                    sharpness, chosen = SHARPNESSES[1], equal_say(logits, matches[1])
+                else:
+                    sharpness, chosen, right = choose(logits, torch.cat(labels), matches)
                 memory.sharpness.fill_(sharpness)
                 weight.fill_(chosen)
         return right

@@ -157,7 +157,7 @@ def test_promptkds_bank_learns_the_teachers_labels_and_its_splits_have_their_cla
             assert trainer.model_inference(images).shape == (24, 3)
 
 
-def test_promptkd_remembers_all_classes_by_the_teachers_labels_and_never_sees_a_test_image(tmp_path, teacher):
+def test_promptkd_remembers_all_classes_by_the_teachers_labels_and_never_sees_a_test_image(tmp_path, teacher, capsys):
     trainer = make(tmp_path, "PromptKD", teacher, "TRAINER.MODAL", "base2novel", S + "MATCH_SHOTS", 24)
     trainer.model.adapter.teacher_logits = lambda images: torch.eye(6)[images.mean((2, 3)).argmax(1)]  # reddest, …
     trainer._remember()
@@ -165,7 +165,10 @@ def test_promptkd_remembers_all_classes_by_the_teachers_labels_and_never_sees_a_
     shots = torch.cat([images for images, _ in map(trainer.parse_batch_test, trainer.shot_loader())])
     assert torch.equal(filled, shots.mean((2, 3)).argmax(1).bincount(minlength=6))  # labels would give 4 each
     trainer.val_loader = trainer.test_loader = None
-    trainer._remember()  # needs neither
+    trainer.model.plugin.mapping.match_weight.data.zero_()
+    capsys.readouterr()
+    trainer._remember()  # needs neither; the teacher's labels do not judge the match with what is filed under them
+    assert trainer.model.plugin.mapping.match_weight > 0 and "as much to say as the texts" in capsys.readouterr().out
 
 
 def test_promptkd_projects_tokens_as_it_projects_images(tmp_path, teacher):

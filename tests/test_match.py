@@ -143,3 +143,10 @@ def test_a_memory_is_written_where_half_does_nothing(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "half", lambda self: self)  # as in a fork without a GPU
     assert memory().keys.dtype == torch.half
     assert torch.equal(memory().keys, before)
+
+
+def test_an_equal_say_lets_the_best_class_stand_out_as_far_by_the_match_as_by_the_texts():
+    logits = torch.tensor([[9.0, 0.0, 0.0], [0.0, 3.0, 0.0]])  # stand out by 6 and 2: 4 on average
+    found = torch.tensor([[0.0, 0.3, 0.0], [0.9, 0.0, 0.0]])  # by 0.2 and 0.6
+    assert match.equal_say(logits, found) == pytest.approx(10)
+    assert match.equal_say(logits, torch.zeros(2, 3)) == 0.0  # nothing resembles

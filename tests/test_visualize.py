@@ -128,8 +128,9 @@ def test_curves_reads_what_ablate_and_report_write(tmp_path):
     ablation = Table(
         "figure4", 8, "k", ["Base", "HM"], [(f"top_k {k}", [Cell(k, 0.5), Cell(2 * k, 0)]) for k in (4, 8)]
     )
-    few = Table("II", 6, "Average", ["1-shot", "16-shot"], [("CoOp", [Cell(50), Cell(70)])])
-    (tmp_path / "a.csv").write_text(as_csv([ablation, few]))
+    few = Table("II", 6, "DTD", ["1-shot", "16-shot"], [("CoOp", [Cell(50), Cell(70)])])
+    part = Table("II", 6, "Average", ["1-shot"], [("CoOp", [Cell(50, missing="1/11 sets")])])  # of a part: no curve
+    (tmp_path / "a.csv").write_text(as_csv([ablation, few, part]))
     points = read_points(tmp_path / "a.csv")
     assert ("top_k", "Base", 4.0, 4.0, 0.5) in points and ("top_k", "HM", 8.0, 16.0, 0.0) in points
     assert [point[1:4] for point in points if point[0].startswith("shots")] == [

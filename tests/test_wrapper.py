@@ -256,6 +256,31 @@ def test_calibration_finds_a_match_that_tells_the_shots_apart(tokens):
     assert wrapper.calibrate(shots) == 1.0 and wrapper.plugin.mapping.match_weight > 0
 
 
+def test_a_class_without_remembered_images_leaves_the_logits_finite_before_and_after_calibration():
+    wrapper = wrap(prototype_logits=True)
+    some = [(images[labels < 4], labels[labels < 4]) for images, labels in held_out()]
+    wrapper.remember(some)
+    with torch.no_grad():
+        assert wrapper(some_images(6)).isfinite().all()
+        assert wrapper.calibrate(some) > 0 and wrapper(some_images(6)).isfinite().all()
+
+
+def test_without_labels_the_match_has_as_much_to_say_as_the_texts():
+    wrapper = wrap(prototype_logits=True)
+    wrapper.remember(held_out())
+    unlabelled = [(images, None) for images, _ in held_out()]
+    assert wrapper.calibrate(unlabelled) is None
+    weight, sharpness = wrapper.plugin.mapping.match_weight, wrapper.plugin.memory.sharpness
+    assert weight > 0 and sharpness == 3.0
+    images = torch.cat([images for images, _ in unlabelled])
+    with torch.no_grad():
+        together = wrapper(images)
+        weight.zero_()
+        texts = wrapper(images)
+    said = [(part.amax(1) - part.mean(1)).mean() for part in (texts, together - texts)]
+    torch.testing.assert_close(*said, rtol=1e-3, atol=1e-3)
+
+
 def test_no_class_is_remembered_with_more_than_its_shots_and_a_second_memory_replaces_the_first():
     wrapper = wrap(prototype_logits=True, match_shots=2)
     assert wrapper.remember(held_out()) == 12 and wrapper.plugin.memory.filled.sum(1).tolist() == [2] * 6

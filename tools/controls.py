@@ -7,6 +7,7 @@ from torch import nn
 
 from spotlighter_plugin.hosts.promptkd import classes_of_split
 from spotlighter_plugin.losses import text_regularisation
+from spotlighter_plugin.match import equal_say
 from spotlighter_plugin.prompting import normalize
 from trainers.clipfit import CLIPFit
 from trainers.clipfit_spotlighter import CLIPFitSpotlighter
@@ -102,15 +103,16 @@ class ClsCache:
 
 
 class TaughtCache(ClsCache):
-    """The same for PromptKD: images are filed under the teacher's labels, and every second one weighs the others."""
+    """The same for PromptKD: images are filed under the teacher's labels, and have as much to say as the texts."""
 
     def _features(self, images, labels):
         return super()._features(images, self.model_teacher(images).argmax(1))
 
     def _remember(self, shots, held_out):
-        super()._remember([part[::2] for part in shots], [part[1::2] for part in shots])
-        _, _, weight, sharpness = self.cache
-        self.cache = shots[0], F.one_hot(shots[1], self.num_classes).float(), weight, sharpness
+        keys, votes = shots[0], F.one_hot(shots[1], self.num_classes).float()  # (n, d), (n, C)
+        sharpness, rest = self.sharpnesses[2], keys[1::2]
+        match = (-sharpness * (1 - rest @ keys[::2].T)).exp() @ votes[::2]
+        self.cache = keys, votes, equal_say(self._logits(rest), match), sharpness
 
     def model_inference(self, images):
         kept = classes_of_split(self.cfg.TRAINER.MODAL, self.num_texts, self.split)

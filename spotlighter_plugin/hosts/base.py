@@ -19,6 +19,8 @@ class HostAdapter:
     """Whether text embeddings change in training; if not, they are computed once."""
     hand_written_text = True
     """Whether t⁰ comes from hand-written prompts; if not, it is what ``encode_text`` gives at the first call."""
+    guesses_labels = False
+    """Whether ``assignment_labels`` guesses: images are filed by such labels, but the match is not judged by them."""
 
     def __init__(self, model: nn.Module, class_names: list[str] | None = None):
         self.model = model

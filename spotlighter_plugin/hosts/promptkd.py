@@ -33,6 +33,7 @@ class PromptKDAdapter(HostAdapter):
     name = "PromptKD"
     looks_for = "VPT_image_trans (the projection to the teacher's width), image_encoder, logit_scale"
     train_text = False
+    guesses_labels = True
     hand_written_text = False  # t⁰ is the teacher's: that of the student's own tower lives in another space
 
     def __init__(self, model, class_names=None, teacher=None, kd_weight=1.0, temperature=1.0):
