@@ -3,7 +3,7 @@
 Once training is over, the few tokens that mattered most in each training image are written down, each beside its
 image's CLS, seen along directions that tell classes apart rather than images of one class. A test image's own few
 tokens then vote: each for the classes whose tokens resemble it most. The shots are remembered as they are, so training
-leaves the match out. Then ``choose`` weighs it on held-out images, or ``equal_say`` where nobody knows their labels.
+leaves the match out. Then ``choose`` weighs it on held-out images, or ``unjudged`` where nobody knows their labels.
 """
 
 import torch
@@ -18,6 +18,7 @@ SHORTLIST = 16  # classes per image that are looked at token by token
 MANY = 1024  # classes; of more, the shortlist compares whole classes and not each of their images
 SHARPNESSES = (1.0, 3.0, 6.0)
 WEIGHTS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
+SAY = 0.25  # of what the texts say, where no label can judge the match
 CHUNK = 2**22  # numbers that are gathered at once
 
 
@@ -163,8 +164,8 @@ def choose(logits: Tensor, labels: Tensor, matches: list[Tensor]) -> tuple[float
     return best
 
 
-def equal_say(logits: Tensor, match: Tensor) -> float:
-    """The weight at which the match says as much as the texts do, for images whose labels nobody knows.
+def unjudged(logits: Tensor, match: Tensor) -> float:
+    """The weight at which the match says ``SAY`` of what the texts say, for images whose labels nobody knows.
 
     Either says as much as an image's best class stands out from the mean of all, on average over the images.
 
@@ -173,7 +174,7 @@ def equal_say(logits: Tensor, match: Tensor) -> float:
         match: ``votes``, (n, C).
     """
     texts, match = ((scores.amax(1) - scores.mean(1)).mean().item() for scores in (logits, match))
-    return texts / match if match > 0 else 0.0
+    return SAY * texts / match if match > 0 else 0.0
 
 
 def place_in_class(rows: Tensor) -> Tensor:

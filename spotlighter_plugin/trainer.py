@@ -131,7 +131,7 @@ class SpotlighterTrainerMixin:
 
         Held out is the validation split. Where there is none, or a data set lends its test images as one, every second
         shot of a class weighs the match with the others, before all are written down. A host that guesses its shots'
-        labels was trained to say the same of them, so there the match is given as much to say as the texts.
+        labels was trained to say the same of them, so there the match is given a share of what the texts say.
         """
         if not self.model.config.prototype_logits:
             return
@@ -153,7 +153,7 @@ class SpotlighterTrainerMixin:
         if right is not None:
             print(f"Match with {count} shots: weight {weight:.3g}, {100 * right:.1f} % of the {held_out} right")
         elif weight:
-            print(f"Match with {count} shots: weight {weight:.3g}, as much to say as the texts on the {held_out}")
+            print(f"Match with {count} shots: weight {weight:.3g}, a quarter of what the texts say of the {held_out}")
 
     def _filed_shots(self):
         """A function that goes through the shots, with the classes that the host files them under, found out once."""

@@ -12,7 +12,7 @@ from . import activation, losses
 from .config import SpotlighterConfig
 from .hosts import adapter_for
 from .mapping import build_mapping
-from .match import SHARPNESSES, ShotMemory, choose, describe, equal_say, place_in_class, resemblance, votes
+from .match import SHARPNESSES, ShotMemory, choose, describe, place_in_class, resemblance, unjudged, votes
 from .memory_bank import NamedClasses, SemanticMemoryBank, affinity
 from .token_stream import TokenStream, check_tower
 
@@ -172,7 +172,7 @@ class SpotlighterWrapper(nn.Module):
 
         Args:
             batches: pairs of images (B, 3, h, w) and labels (B,), or None for all labels: without them the match is
-                given as much to say as the texts.
+                given a share of what the texts say (``match.unjudged``).
 
         Returns:
             The share of these images that the calibrated model gets right; None without labels, or if there is nothing
@@ -193,7 +193,7 @@ class SpotlighterWrapper(nn.Module):
             if logits:
                 logits, matches = torch.cat(logits), [torch.cat(match) for match in zip(*matches, strict=True)]
                 if labels[0] is None:
-                    sharpness, chosen = SHARPNESSES[1], equal_say(logits, matches[1])
+                    sharpness, chosen = SHARPNESSES[1], unjudged(logits, matches[1])
                 else:
                     sharpness, chosen, right = choose(logits, torch.cat(labels), matches)
                 memory.sharpness.fill_(sharpness)

@@ -145,8 +145,8 @@ def test_a_memory_is_written_where_half_does_nothing(monkeypatch):
     assert torch.equal(memory().keys, before)
 
 
-def test_an_equal_say_lets_the_best_class_stand_out_as_far_by_the_match_as_by_the_texts():
+def test_without_labels_the_best_class_stands_out_a_quarter_as_far_by_the_match_as_by_the_texts():
     logits = torch.tensor([[9.0, 0.0, 0.0], [0.0, 3.0, 0.0]])  # stand out by 6 and 2: 4 on average
     found = torch.tensor([[0.0, 0.3, 0.0], [0.9, 0.0, 0.0]])  # by 0.2 and 0.6
-    assert match.equal_say(logits, found) == pytest.approx(10)
-    assert match.equal_say(logits, torch.zeros(2, 3)) == 0.0  # nothing resembles
+    assert match.unjudged(logits, found) == pytest.approx(10 / 4)
+    assert match.unjudged(logits, torch.zeros(2, 3)) == 0.0  # nothing resembles

@@ -7,7 +7,7 @@ from torch import nn
 
 from spotlighter_plugin.hosts.promptkd import classes_of_split
 from spotlighter_plugin.losses import text_regularisation
-from spotlighter_plugin.match import equal_say
+from spotlighter_plugin.match import unjudged
 from spotlighter_plugin.prompting import normalize
 from trainers.clipfit import CLIPFit
 from trainers.clipfit_spotlighter import CLIPFitSpotlighter
@@ -103,7 +103,7 @@ class ClsCache:
 
 
 class TaughtCache(ClsCache):
-    """The same for PromptKD: images are filed under the teacher's labels, and have as much to say as the texts."""
+    """The same for PromptKD: images are filed under the teacher's labels, and weighed as Spotlighter weighs them."""
 
     def _features(self, images, labels):
         return super()._features(images, self.model_teacher(images).argmax(1))
@@ -112,7 +112,7 @@ class TaughtCache(ClsCache):
         keys, votes = shots[0], F.one_hot(shots[1], self.num_classes).float()  # (n, d), (n, C)
         sharpness, rest = self.sharpnesses[2], keys[1::2]
         match = (-sharpness * (1 - rest @ keys[::2].T)).exp() @ votes[::2]
-        self.cache = keys, votes, equal_say(self._logits(rest), match), sharpness
+        self.cache = keys, votes, unjudged(self._logits(rest), match), sharpness
 
     def model_inference(self, images):
         kept = classes_of_split(self.cfg.TRAINER.MODAL, self.num_texts, self.split)
