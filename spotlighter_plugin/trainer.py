@@ -13,6 +13,7 @@ from torch import nn
 
 from .backbones import encode_prompts, load_clip
 from .config import from_cfg
+from .match import SAY
 from .wrapper import SpotlighterWrapper
 
 
@@ -153,7 +154,7 @@ class SpotlighterTrainerMixin:
         if right is not None:
             print(f"Match with {count} shots: weight {weight:.3g}, {100 * right:.1f} % of the {held_out} right")
         elif weight:
-            print(f"Match with {count} shots: weight {weight:.3g}, a quarter of what the texts say of the {held_out}")
+            print(f"Match with {count} shots: weight {weight:.3g}, {SAY:.0%} of what the texts say of the {held_out}")
 
     def _filed_shots(self):
         """A function that goes through the shots, with the classes that the host files them under, found out once."""

@@ -169,7 +169,7 @@ def test_promptkd_remembers_all_classes_by_the_teachers_labels_and_never_sees_a_
     capsys.readouterr()
     trainer._remember()  # needs neither; the teacher's labels do not judge the match with what is filed under them
     assert trainer.model.plugin.mapping.match_weight > 0
-    assert "a quarter of what the texts say" in capsys.readouterr().out
+    assert "25% of what the texts say" in capsys.readouterr().out
 
 
 def test_promptkd_projects_tokens_as_it_projects_images(tmp_path, teacher):
