@@ -125,7 +125,9 @@ def print_table(host: str, methods: list[Method], datasets: list[str], seeds: li
     complete = [method for method in methods if done and all(there(method, dataset) for dataset in done)]
     if complete:
         names = [method.name for method in complete]
-        show(complete, done, seeds, folder, methods[-1].name, [name for name in names if name.startswith(host)][:-1])
+        together_or_attached = (methods[-1].name, methods[-3].name)
+        ours = next((name for name in together_or_attached if name in names), "")
+        show(complete, done, seeds, folder, ours, [name for name in names if name.startswith(host) and name != ours])
     missing = [method.name for method in methods if method not in complete]
     if missing or len(done) < len(datasets):
         print(f"{host}: {len(done)} of {len(datasets)} data sets; not there yet: {', '.join(missing) or 'no row'}")
