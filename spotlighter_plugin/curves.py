@@ -52,7 +52,8 @@ def draw_curves(points: list[tuple[str, str, float, float, float]], path: Path, 
                     low, high = zip(*((v - d, v + d) for v, d in zip(up, deviation, strict=True)), strict=True)
                     ax.fill_between(across, low, high, color=drawn.get_color(), alpha=0.15)
             ax.set(xlabel=SYMBOLS.get(panel, panel))
-            ax.legend(fontsize=8)
+            beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}  # many names would hide the lines
+            ax.legend(fontsize=8, **(beside if len(ax.lines) > 5 else {}))
             values = sorted({point[2] for point in points if point[0] == panel})
             if log_x and values[-1] > 0:  # zero has a place left of the smallest
                 ax.set_xscale("symlog", linthresh=next(value for value in values if value > 0))
