@@ -42,7 +42,9 @@ def read_points(path: Path, x: str = "", y: str = "", by: str = "") -> list[tupl
 def draw_curves(points: list[tuple[str, str, float, float, float]], path: Path, log_x: bool = False) -> None:
     """A panel for each quantity on x, a line for each name, a band of one standard deviation."""
     panels = list(dict.fromkeys(point[0] for point in points))
-    with figure(path, 4.2 * len(panels), 3.4, ncols=len(panels), squeeze=False) as axes:
+    names = len({point[1] for point in points})
+    beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if names > 5 else {}  # they would hide the lines
+    with figure(path, (7 if beside else 4.2) * len(panels), 3.4, ncols=len(panels), squeeze=False) as axes:
         for ax, panel in zip(axes.flat, panels, strict=True):
             for line in dict.fromkeys(point[1] for point in points if point[0] == panel):
                 chosen = sorted(point[2:] for point in points if point[:2] == (panel, line))
@@ -52,8 +54,7 @@ def draw_curves(points: list[tuple[str, str, float, float, float]], path: Path, 
                     low, high = zip(*((v - d, v + d) for v, d in zip(up, deviation, strict=True)), strict=True)
                     ax.fill_between(across, low, high, color=drawn.get_color(), alpha=0.15)
             ax.set(xlabel=SYMBOLS.get(panel, panel))
-            beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}  # many names would hide the lines
-            ax.legend(fontsize=8, **(beside if len(ax.lines) > 5 else {}))
+            ax.legend(fontsize=8, **beside)
             values = sorted({point[2] for point in points if point[0] == panel})
             if log_x and values[-1] > 0:  # zero has a place left of the smallest
                 ax.set_xscale("symlog", linthresh=next(value for value in values if value > 0))
