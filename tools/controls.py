@@ -132,15 +132,15 @@ class Attached:
 
 
 def register(name, *parts):
-    """Register the trainer of this name that is made of these parts; returns it."""
-    return TRAINER_REGISTRY.register()(type(name, parts, {}))
+    """Register the trainer of this name that is made of these parts."""
+    TRAINER_REGISTRY.register()(type(name, parts, {}))
 
 
 for host in (CoOp, MaPLe, CLIPFit):
     register(f"{host.__name__}TextResidual", TextResidual, host)
-    regularised = register(f"{host.__name__}TextRegularised", TextRegularised, host)
-    register(f"{host.__name__}TextRegularisedCache", ClsCache, regularised)
+    register(f"{host.__name__}TextRegularised", TextRegularised, host)
     register(f"{host.__name__}Cache", ClsCache, host)
+register("CoOpTextRegularisedCache", ClsCache, TextRegularised, CoOp)
 register("PromptKDCache", TaughtCache, PromptKD)
 
 for kind in (MaPLeSpotlighter, CLIPFitSpotlighter, PromptKDSpotlighter):

@@ -69,8 +69,8 @@ def rows(host: str, options: dict) -> list[Method]:
         Method(host, host, options, trained_as=host),
         *([] if host == "PromptKD" else text_controls),
         Method(f"{host} + cache of CLS", f"{host}Cache", options, trained_as=host),
-        Method(f"{plugin}, attached when trained", f"{host}Attached", options, trained_as=host),
         Method(f"{plugin}, attached, random tokens", f"{host}Attached", {**options, **RANDOM}, trained_as=host),
+        Method(f"{plugin}, attached when trained", f"{host}Attached", options, trained_as=host),
         Method(plugin, kind, options),
     ]
 
@@ -125,9 +125,8 @@ def print_table(host: str, methods: list[Method], datasets: list[str], seeds: li
     complete = [method for method in methods if done and all(there(method, dataset) for dataset in done)]
     if complete:
         names = [method.name for method in complete]
-        together_or_attached = (methods[-1].name, methods[-3].name)
-        ours = next((name for name in together_or_attached if name in names), "")
-        show(complete, done, seeds, folder, ours, [name for name in names if name.startswith(host) and name != ours])
+        others = [name for name in names[:-1] if name.startswith(host)]  # the last is trained together, else attached
+        show(complete, done, seeds, folder, names[-1], others)
     missing = [method.name for method in methods if method not in complete]
     if missing or len(done) < len(datasets):
         print(f"{host}: {len(done)} of {len(datasets)} data sets; not there yet: {', '.join(missing) or 'no row'}")
