@@ -17,12 +17,11 @@ BUDGET = {
     "OPTIM.LR": 0.3,
     "OPTIM.MAX_EPOCH": 5,
     "DATALOADER.TRAIN_X.BATCH_SIZE": 256,
-    "TRAINER.COOP.CTX_INIT": "a photo of a",
 }
 METHODS = (
     Method("zero-shot CLIP", "ZeroshotCLIP", sees_tokens=False),
     Method("CoOp", "CoOp", BUDGET, sees_tokens=False),
-    Method("CoOp + Spotlighter", "CoOpSpotlighter", BUDGET),
+    Method("CoOp + Spotlighter", "CoOpSpotlighter", {**BUDGET, "TRAINER.SPOTLIGHTER.LOSSES": "()"}),
 )
 BATCH, PAIRS = 64, 8
 THIN = 3  # every third test scene

@@ -58,10 +58,7 @@ class SpotlighterTrainerMixin:
 
     def before_train(self):
         if self.adapter.hand_written_text and {"reg_text", "kl_visual"} & set(self.model.config.losses):
-            template = _hand_written_prompt(self.cfg.DATASET.NAME)
-            texts = [template.format(name.replace("_", " ")) for name in self.model.class_names]
-            clip_model = load_clip(self.cfg.MODEL.BACKBONE.NAME).to(self.device)
-            self.model.adapter.set_frozen_text(encode_prompts(clip_model, texts))  # t⁰
+            self.model.adapter.set_frozen_text(hand_written_texts(self.cfg, self.model.class_names, self.device))
         super().before_train()
 
     def forward_backward(self, batch):
@@ -204,6 +201,13 @@ def _every_second(batches, which):
         if any(mine):
             mine = torch.tensor(mine, device=images.device)
             yield images[mine], labels[mine]
+
+
+def hand_written_texts(cfg, class_names: list[str], device: torch.device) -> torch.Tensor:
+    """The frozen CLIP's embeddings t⁰ of the data set's hand-written prompts, normalized: (C, d)."""
+    template = _hand_written_prompt(cfg.DATASET.NAME)
+    texts = [template.format(name.replace("_", " ")) for name in class_names]
+    return encode_prompts(load_clip(cfg.MODEL.BACKBONE.NAME).to(device), texts)
 
 
 def _hand_written_prompt(dataset: str) -> str:

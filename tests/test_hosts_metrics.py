@@ -34,15 +34,15 @@ OPTIONS = {
 }  # fmt: skip
 PLUGIN = {"TRAINER.SPOTLIGHTER.PRESET": "paper"}  # whose settings never change
 STORED = {
-    "CoOp": [0.5453, 0.6041],
-    "CoOpSpotlighter": [0.2534, 0.7191],
-    "MaPLe": [0.4676, 0.5187],
-    "MaPLeSpotlighter": [0.2790, 0.7575],
-    "PromptSRC": [0.2674, 0.5905],
-    "PromptKD": [2.582, 3.905],
-    "PromptKDSpotlighter": [2.709, 4.125],
-    "CLIPFit": [0.4147, 0.8090],
-    "CLIPFitSpotlighter": [0.2327, 1.0433],
+    "CoOp": [0.2702, 0.9201],
+    "CoOpSpotlighter": [0.2049, 0.7488],
+    "MaPLe": [0.1933, 1.0376],
+    "MaPLeSpotlighter": [0.2627, 0.7433],
+    "PromptSRC": [0.2352, 0.7885],
+    "PromptKD": [2.618, 2.901],
+    "PromptKDSpotlighter": [2.293, 2.955],
+    "CLIPFit": [0.3201, 0.6993],
+    "CLIPFitSpotlighter": [0.2452, 0.8422],
 }
 
 

@@ -8,6 +8,7 @@ from torch import nn
 from spotlighter_plugin.hosts.promptkd import classes_of_split
 from spotlighter_plugin.losses import text_regularisation
 from spotlighter_plugin.prompting import normalize
+from spotlighter_plugin.trainer import hand_written_texts
 from trainers.clipfit import CLIPFit
 from trainers.clipfit_spotlighter import CLIPFitSpotlighter
 from trainers.coop import CoOp
@@ -45,10 +46,12 @@ class TextRegularised:
 
     weight = 20.0
 
+    def before_train(self):
+        self.reference = hand_written_texts(self.cfg, self.dm.dataset.classnames, self.device)  # t⁰ (C, d)
+        super().before_train()
+
     def objective(self, images, labels):
         loss, summary = super().objective(images, labels)
-        if not hasattr(self, "reference"):
-            self.reference = self.model.text_features().detach()  # the first prompts are the hand-written ones
         return loss + self.weight * text_regularisation(self.model.text_features(), self.reference), summary
 
 
@@ -140,7 +143,6 @@ for host in (CoOp, MaPLe, CLIPFit):
     register(f"{host.__name__}TextResidual", TextResidual, host)
     register(f"{host.__name__}TextRegularised", TextRegularised, host)
     register(f"{host.__name__}Cache", ClsCache, host)
-register("CoOpTextRegularisedCache", ClsCache, TextRegularised, CoOp)
 register("PromptKDCache", TaughtCache, PromptKD)
 
 for kind in (MaPLeSpotlighter, CLIPFitSpotlighter, PromptKDSpotlighter):

@@ -28,13 +28,14 @@ from spotlighter_plugin.experiment import FAMILY, Laboratory, Method, Outcome, p
 COMMON = {
     "OPTIM.NAME": "sgd", "OPTIM.LR_SCHEDULER": "cosine", "OPTIM.WARMUP_EPOCH": 1, "OPTIM.WARMUP_TYPE": "constant",
     "OPTIM.WARMUP_CONS_LR": 1e-5, "DATALOADER.TRAIN_X.BATCH_SIZE": 256, "DATALOADER.NUM_WORKERS": 0,
-    "TRAINER.COOP.CTX_INIT": "a photo of a", "TRAINER.COOP.PREC": "fp32", "TRAIN.PRINT_FREQ": 1000,
+    "TRAINER.COOP.PREC": "fp32", "TRAIN.PRINT_FREQ": 1000,
 }  # fmt: skip
-HOST = {**COMMON, "OPTIM.LR": 0.3, "OPTIM.MAX_EPOCH": 20}  # chosen with --choose
-SHORT = {**COMMON, "OPTIM.LR": 1.0, "OPTIM.MAX_EPOCH": 5}  # what is remembered need not be learned
+HOST = {**COMMON, "OPTIM.LR": 0.1, "OPTIM.MAX_EPOCH": 20}  # chosen with --choose
+SHORT = {**COMMON, "OPTIM.LR": 0.3, "OPTIM.MAX_EPOCH": 5}  # what is remembered need not be learned
+PLUGIN = {**SHORT, "TRAINER.SPOTLIGHTER.LOSSES": "()"}
 HOST_ROW, OURS = "CoOp", "Spotlighter"
 CONTROLS = (
-    "CoOp + L_reg_text", "CoOp + text residual", "CoOp + cache of CLS", "CoOp + L_reg_text + cache of CLS",
+    "CoOp + L_reg_text", "CoOp + text residual", "CoOp + cache of CLS", "CoOp, short, + cache of CLS",
     "Spotlighter, random tokens",
 )  # fmt: skip
 METHODS = [
@@ -43,19 +44,20 @@ METHODS = [
     Method(CONTROLS[0], "CoOpTextRegularised", HOST, CONTROLS[0], False),
     Method(CONTROLS[1], "CoOpTextResidual", HOST, sees_tokens=False),
     Method(CONTROLS[2], "CoOpCache", HOST, HOST_ROW, False),
-    Method(CONTROLS[3], "CoOpTextRegularisedCache", HOST, CONTROLS[0], False),
-    Method(CONTROLS[4], "CoOpSpotlighter", {**SHORT, "TRAINER.SPOTLIGHTER.ACTIVATION": "random"}),
-    Method(OURS, "CoOpSpotlighter", SHORT),
+    Method(CONTROLS[3], "CoOpCache", SHORT, sees_tokens=False),
+    Method(CONTROLS[4], "CoOpSpotlighter", {**PLUGIN, "TRAINER.SPOTLIGHTER.ACTIVATION": "random"}),
+    Method(OURS, "CoOpSpotlighter", PLUGIN),
 ]
 S = "TRAINER.SPOTLIGHTER."
 VARIANTS = {
-    "as it is": {},
+    "as it is": {}, "20 epochs at 0.1": HOST, "10 epochs at 0.1": {**HOST, "OPTIM.MAX_EPOCH": 10},
     "CLS alone remembered": {S + "MATCH_TOKENS": 0}, "nothing remembered": {S + "PROTOTYPE_LOGITS": False},
-    "λ2 = 4": {S + "LAMBDA2": 4.0}, "without L_reg_text": {S + "LOSSES": "()"},
-    "with L_gra": {S + "LOSSES": "('gra', 'reg_text')"}, "gated": {S + "MAPPING": "gated"},
+    "with L_reg_text": {S + "LOSSES": "('reg_text',)"}, "λ2 = 4": {S + "LOSSES": "('reg_text',)", S + "LAMBDA2": 4.0},
+    "λ2 = 4, 20 epochs at 0.1": {**HOST, S + "LOSSES": "('reg_text',)", S + "LAMBDA2": 4.0},
+    "with L_gra": {S + "LOSSES": "('gra',)"}, "gated": {S + "MAPPING": "gated"},
     "s = L-1, k = 32": {S + "SELECT_BLOCK": -1, S + "TOP_K": 32}, "all tokens": {S + "TOP_K": 144},
 }  # fmt: skip
-CANDIDATES = [(rate, epochs) for epochs in (5, 20, 60) for rate in (0.1, 0.3, 1.0)]
+CANDIDATES = [(rate, epochs) for epochs in (5, 20, 60) for rate in (0.03, 0.1, 0.3)]
 
 
 def cell(folder: Path, dataset: str, method: Method, seed: int) -> Path:
@@ -134,7 +136,7 @@ def main():
             for r, n in CANDIDATES
         ]
     elif args.choose == "plugin":
-        methods = [Method(name, "CoOpSpotlighter", {**SHORT, **options}) for name, options in VARIANTS.items()]
+        methods = [Method(name, "CoOpSpotlighter", {**PLUGIN, **options}) for name, options in VARIANTS.items()]
     if args.choose:
         folder, classes = folder / "choose", ("inner-base", "inner-new")
     run_all(methods, args.datasets, args.seeds, folder, args.root, classes)
