@@ -31,9 +31,10 @@ COMMON = {
     "TRAINER.COOP.PREC": "fp32", "TRAIN.PRINT_FREQ": 1000,
 }  # fmt: skip
 HOST = {**COMMON, "OPTIM.LR": 0.1, "OPTIM.MAX_EPOCH": 20}  # chosen with --choose
+LONG = {**HOST, "OPTIM.MAX_EPOCH": 60}
 SHORT = {**COMMON, "OPTIM.LR": 0.3, "OPTIM.MAX_EPOCH": 5}  # what is remembered need not be learned
 PLUGIN = {**SHORT, "TRAINER.SPOTLIGHTER.LOSSES": "()"}
-HOST_ROW, OURS = "CoOp", "Spotlighter"
+HOST_ROW, LONG_ROW, OURS = "CoOp", "CoOp, trained long", "Spotlighter"
 CONTROLS = (
     "CoOp + L_reg_text", "CoOp + text residual", "CoOp + cache of CLS", "CoOp, short, + cache of CLS",
     "Spotlighter, random tokens",
@@ -41,6 +42,7 @@ CONTROLS = (
 METHODS = [
     Method("zero-shot CLIP", "ZeroshotCLIP", sees_tokens=False),
     Method(HOST_ROW, "CoOp", HOST, HOST_ROW, False),
+    Method(LONG_ROW, "CoOp", LONG, sees_tokens=False),
     Method(CONTROLS[0], "CoOpTextRegularised", HOST, CONTROLS[0], False),
     Method(CONTROLS[1], "CoOpTextResidual", HOST, sees_tokens=False),
     Method(CONTROLS[2], "CoOpCache", HOST, HOST_ROW, False),
@@ -86,7 +88,7 @@ def read(folder: Path, dataset: str, method: Method, seed: int) -> Outcome:
         return Outcome(correct, int(data["parameters"]), float(data["seconds"]))
 
 
-def show(methods, datasets, seeds, folder: Path, ours=OURS, others=(HOST_ROW, *CONTROLS)) -> dict:
+def show(methods, datasets, seeds, folder: Path, ours=OURS, others=(HOST_ROW, LONG_ROW, *CONTROLS)) -> dict:
     """Print the table of means over seeds and the paired differences of ``ours`` to ``others``; returns both."""
     outcomes = {m.name: [read(folder, d, m, s) for d in datasets for s in seeds] for m in methods}
     n = len(seeds)

@@ -20,7 +20,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evidence import SHORT  # noqa: E402
+from evidence import PLUGIN  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import track  # noqa: E402
 from rich.table import Table  # noqa: E402
@@ -158,7 +158,7 @@ def main():
         os.replace(aside, path)
 
     if args.presets:
-        common = {**SHORT, "DATASET.NUM_SHOTS": args.shots}
+        common = {**PLUGIN, "DATASET.NUM_SHOTS": args.shots}
         last = {"SELECT_BLOCK": -1, "TOP_K": 32, "FUSE_DROPPED": False}
         rows = [
             Method(
