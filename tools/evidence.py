@@ -30,11 +30,11 @@ COMMON = {
     "OPTIM.WARMUP_CONS_LR": 1e-5, "DATALOADER.TRAIN_X.BATCH_SIZE": 256, "DATALOADER.NUM_WORKERS": 0,
     "TRAINER.COOP.PREC": "fp32", "TRAIN.PRINT_FREQ": 1000,
 }  # fmt: skip
-HOST = {**COMMON, "OPTIM.LR": 0.1, "OPTIM.MAX_EPOCH": 20}  # chosen with --choose
+HOST = {**COMMON, "OPTIM.LR": 0.1, "OPTIM.MAX_EPOCH": 20}  # --choose compares: docs/ablations.md
 LONG = {**HOST, "OPTIM.MAX_EPOCH": 60}
 SHORT = {**COMMON, "OPTIM.LR": 0.3, "OPTIM.MAX_EPOCH": 5}  # what is remembered need not be learned
 PLUGIN = {**SHORT, "TRAINER.SPOTLIGHTER.LOSSES": "()"}
-HOST_ROW, LONG_ROW, OURS = "CoOp", "CoOp, trained long", "Spotlighter"
+HOST_ROW, SHORT_ROW, LONG_ROW, OURS = "CoOp", "CoOp, short", "CoOp, trained long", "Spotlighter"
 CONTROLS = (
     "CoOp + L_reg_text", "CoOp + text residual", "CoOp + cache of CLS", "CoOp, short, + cache of CLS",
     "Spotlighter, random tokens",
@@ -42,11 +42,12 @@ CONTROLS = (
 METHODS = [
     Method("zero-shot CLIP", "ZeroshotCLIP", sees_tokens=False),
     Method(HOST_ROW, "CoOp", HOST, HOST_ROW, False),
+    Method(SHORT_ROW, "CoOp", SHORT, SHORT_ROW, False),
     Method(LONG_ROW, "CoOp", LONG, sees_tokens=False),
     Method(CONTROLS[0], "CoOpTextRegularised", HOST, CONTROLS[0], False),
     Method(CONTROLS[1], "CoOpTextResidual", HOST, sees_tokens=False),
     Method(CONTROLS[2], "CoOpCache", HOST, HOST_ROW, False),
-    Method(CONTROLS[3], "CoOpCache", SHORT, sees_tokens=False),
+    Method(CONTROLS[3], "CoOpCache", SHORT, SHORT_ROW, False),
     Method(CONTROLS[4], "CoOpSpotlighter", {**PLUGIN, "TRAINER.SPOTLIGHTER.ACTIVATION": "random"}),
     Method(OURS, "CoOpSpotlighter", PLUGIN),
 ]
@@ -88,7 +89,7 @@ def read(folder: Path, dataset: str, method: Method, seed: int) -> Outcome:
         return Outcome(correct, int(data["parameters"]), float(data["seconds"]))
 
 
-def show(methods, datasets, seeds, folder: Path, ours=OURS, others=(HOST_ROW, LONG_ROW, *CONTROLS)) -> dict:
+def show(methods, datasets, seeds, folder: Path, ours=OURS, others=(HOST_ROW, SHORT_ROW, LONG_ROW, *CONTROLS)) -> dict:
     """Print the table of means over seeds and the paired differences of ``ours`` to ``others``; returns both."""
     outcomes = {m.name: [read(folder, d, m, s) for d in datasets for s in seeds] for m in methods}
     n = len(seeds)
