@@ -13,7 +13,7 @@ from torch import Tensor
 from .memory_bank import NamedClasses
 
 CLS_SHARE = 0.5  # length of CLS beside a token of length 1
-RIDGE = 0.1  # of the mean variance within classes, added to every direction's own
+RIDGE = 0.03  # of the mean variance within classes, added to every direction's own
 SHORTLIST = 16  # classes per image that are looked at token by token
 MANY = 1024  # classes; of more, the shortlist compares whole classes and not each of their images
 SHARPNESSES = (1.0, 3.0, 6.0)
@@ -52,9 +52,7 @@ class ShotMemory(NamedClasses):
             rows: (n,), class of each image in 0…C-1.
         """
         place = place_in_class(rows)
-        self.centre, self.view = discriminating_view(
-            described.flatten(0, 1), rows.repeat_interleave(described.shape[1])
-        )
+        self.centre, self.view = discriminating_view(described.mean(1), rows)  # an image's tokens may well differ
         keys = self.look(described)
         self.keys = keys.new_zeros(len(self.class_names), int(place.max()) + 1, *keys.shape[1:], dtype=torch.half)
         self.filled = torch.zeros(self.keys.shape[:2], dtype=torch.bool, device=keys.device)

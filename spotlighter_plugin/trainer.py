@@ -11,7 +11,7 @@ from dassl.optim import build_lr_scheduler, build_optimizer
 from dassl.utils import load_checkpoint
 from torch import nn
 
-from .backbones import encode_prompts, load_clip
+from .backbones import encode_prompts, load_clip, mixed_precision
 from .config import from_cfg
 from .match import SAY
 from .wrapper import SpotlighterWrapper
@@ -63,7 +63,7 @@ class SpotlighterTrainerMixin:
 
     def forward_backward(self, batch):
         images, labels = self.parse_batch_train(batch)[:2]
-        with torch.autocast(self.device.type, enabled=self._precision() == "amp"):
+        with mixed_precision(self.device, self._precision()):
             output = self.model(images, labels)
         logits = output.pop("logits")
         self.detect_anomaly(output["loss"])
@@ -77,7 +77,7 @@ class SpotlighterTrainerMixin:
         return {**summary, "acc": compute_accuracy(logits, labels)[0].item()}
 
     def model_inference(self, images):
-        with torch.autocast(self.device.type, enabled=self._precision() == "amp"):
+        with mixed_precision(self.device, self._precision()):
             return self.model(images)
 
     def after_epoch(self):
@@ -133,7 +133,7 @@ class SpotlighterTrainerMixin:
         """
         if not self.model.config.prototype_logits:
             return
-        with torch.random.fork_rng(), torch.autocast(self.device.type, enabled=self._precision() == "amp"):
+        with torch.random.fork_rng(), mixed_precision(self.device, self._precision()):
             shots = self._filed_shots()
             if self._has_validation():
                 held_out = "validation split"

@@ -107,6 +107,16 @@ def test_fp16_halves_the_matrices_and_keeps_layer_norms(tmp_path):
         apply_precision(model, "fp8")
 
 
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_amp_is_float32_on_a_cpu_that_would_only_emulate_bfloat16(monkeypatch, has_bfloat16):
+    monkeypatch.setattr(backbones, "cpu_has_bfloat16", lambda: has_bfloat16)
+    x = torch.ones(2, 2)
+    with backbones.mixed_precision(torch.device("cpu"), "amp"):
+        assert (x @ x).dtype == (torch.bfloat16 if has_bfloat16 else torch.float32)
+    with backbones.mixed_precision(torch.device("cpu"), "fp32"):
+        assert (x @ x).dtype == torch.float32
+
+
 def one_line(error):
     return "\n" not in str(error.value)
 

@@ -58,6 +58,16 @@ def test_seen_through_the_view_differences_within_a_class_are_alike_in_every_dir
     torch.testing.assert_close(spread, plain, atol=0.05, rtol=0.05)
 
 
+def test_how_the_parts_of_an_image_differ_is_not_taken_for_how_images_of_a_class_do():
+    rows = torch.arange(20).repeat_interleave(30)
+    part = torch.tensor([[5.0, 0, 0, 0], [-5.0, 0, 0, 0]])  # of each image alike
+    noise = random(len(rows), 1, 4, seed=4) * torch.tensor([0.0, 5.0, 0.0, 1.0])  # of each image its own
+    shots = match.ShotMemory([str(c) for c in range(20)])
+    shots.write(part + noise + random(20, 1, 4, seed=5)[rows], rows)
+    told_apart = shots.view.norm(dim=1)
+    assert told_apart[0] > 3 * told_apart[1]
+
+
 @pytest.mark.parametrize("m", [0, M])
 def test_what_is_written_is_found_again_under_its_class_and_nowhere_else(m):
     shots = memory(m)

@@ -9,7 +9,7 @@ from dassl.engine import TrainerX
 from dassl.optim import build_lr_scheduler, build_optimizer
 from dassl.utils import load_checkpoint, load_pretrained_weights
 
-from spotlighter_plugin.backbones import PRECISIONS, apply_precision, load_clip, require_vision_transformer
+from spotlighter_plugin.backbones import PRECISIONS, apply_precision, load_clip, mixed_precision, require_vision_transformer
 
 
 def load_backbone(cfg, precision="fp32", name=None):
@@ -92,7 +92,7 @@ class HostTrainer(TrainerX):
 
     def forward_backward(self, batch):
         images, labels = self.parse_batch_train(batch)
-        with torch.autocast(self.device.type, enabled=self.host_options.PREC == "amp"):
+        with mixed_precision(self.device, self.host_options.PREC):
             loss, summary = self.objective(images, labels)
         self.detect_anomaly(loss)
         self.optim.zero_grad()
