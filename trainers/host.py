@@ -9,7 +9,13 @@ from dassl.engine import TrainerX
 from dassl.optim import build_lr_scheduler, build_optimizer
 from dassl.utils import load_checkpoint, load_pretrained_weights
 
-from spotlighter_plugin.backbones import PRECISIONS, apply_precision, load_clip, mixed_precision, require_vision_transformer
+from spotlighter_plugin.backbones import (
+    PRECISIONS,
+    apply_precision,
+    load_clip,
+    mixed_precision,
+    require_vision_transformer,
+)
 
 
 def load_backbone(cfg, precision="fp32", name=None):
