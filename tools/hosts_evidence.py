@@ -26,6 +26,7 @@ RATE, EPOCHS, TOWER = "OPTIM.LR", "OPTIM.MAX_EPOCH", "MODEL.BACKBONE.NAME"
 BATCH = "DATALOADER.TRAIN_X.BATCH_SIZE"
 TEN = "a photo on a gray spotted background of a flat"  # what the captions of the bundled towers are like
 MAPLE_TEN = {"TRAINER.MAPLE.N_CTX": 10, "TRAINER.MAPLE.CTX_INIT": TEN}
+MAPLE_TWO = {"TRAINER.MAPLE.N_CTX": 2, "TRAINER.MAPLE.CTX_INIT": "a photo of a"}
 SRC_TEN = {"TRAINER.PROMPTSRC.N_CTX_TEXT": 10, "TRAINER.PROMPTSRC.CTX_INIT": TEN}
 SRC_FOUR = {"TRAINER.PROMPTSRC.N_CTX_TEXT": 4, "TRAINER.PROMPTSRC.CTX_INIT": "a photo of a"}
 TEXT_LOSS = "TRAINER.PROMPTSRC.TEXT_LOSS_WEIGHT"
@@ -40,18 +41,18 @@ HOSTS = {
     "PromptKD": {
         TOWER: "micro", "OPTIM.NAME": "adam", "OPTIM.LR": 0.003, "OPTIM.MAX_EPOCH": 3, "TRAINER.MODAL": "base2novel",
         "TRAINER.PROMPTKD.TEACHER_NAME": "tiny", "TRAINER.PROMPTKD.PREC": "amp", "TRAINER.PROMPTKD.KD_WEIGHT": 1000.0,
-        "TRAINER.PROMPTKD.CTX_INIT": TEN,
-        "TRAINER.SPOTLIGHTER.MATCH_SHOTS": 32,
+        "TRAINER.PROMPTKD.CTX_INIT": TEN, "TRAINER.SPOTLIGHTER.MATCH_SHOTS": 32,
     },
 }  # fmt: skip
 CANDIDATES = {
     "MaPLe": [
         {RATE: r, EPOCHS: n, BATCH: b, **words}
-        for r, n, b, words in ((0.04, 2, 32, {}), (0.04, 2, 32, MAPLE_TEN), (0.02, 1, 16, MAPLE_TEN), (0.02, 3, 16, {}))
+        for r, n, b, words in (
+            (0.04, 2, 32, MAPLE_TWO), (0.04, 2, 32, MAPLE_TEN), (0.02, 1, 16, MAPLE_TEN), (0.02, 3, 16, MAPLE_TWO),
+        )
     ],
     "CLIPFit": [
-        {RATE: r, EPOCHS: n, BATCH: b}
-        for r, n, b in ((0.01, 2, 32), (0.01, 1, 16), (0.02, 2, 32), (0.005, 3, 16))
+        {RATE: r, EPOCHS: n, BATCH: b} for r, n, b in ((0.01, 2, 32), (0.01, 1, 16), (0.02, 2, 32), (0.005, 3, 16))
     ],
     "PromptSRC": [
         {RATE: r, EPOCHS: 2, BATCH: 32, **words, TEXT_LOSS: weight}
