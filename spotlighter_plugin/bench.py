@@ -69,8 +69,7 @@ class Setting:
         """The blocks before which tokens are cut, ascending, and how many patch tokens go on at each."""
         shape, config = shape_of(self.backbone), self.config
         with _own_flags():
-            blocks = config.check(shape.tokens, shape.layers)
-        return list(zip(blocks, [*(k for _, k in config.stages), config.top_k], strict=True))
+            return config.cuts(shape.tokens, shape.layers)
 
 
 class Bench:
@@ -402,9 +401,8 @@ def _options(words):
 
 
 def _cuts(setting):
-    """The columns s and k: every block before which tokens are cut, and what each cut keeps."""
-    blocks, kept = zip(*setting.cuts, strict=True)
-    return ", ".join(map(str, blocks)), ", ".join(map(str, kept))
+    """The columns s and k: every block before which tokens are cut, and what each cut keeps, a line each."""
+    return ["\n".join(map(str, part)) for part in zip(*setting.cuts, strict=True)]
 
 
 def _title(record):

@@ -1,5 +1,6 @@
 """Every hyper-parameter of Spotlighter, its symbol in the paper, its presets and its checks."""
 
+import math
 from dataclasses import dataclass, fields
 from itertools import pairwise
 
@@ -30,11 +31,12 @@ PRESETS = {
         "losses": ("gra", "reg_text", "kl_visual", "local"),
         "stages": (),
         "fuse_dropped": False,
+        "match_tokens": 8,
     },
     "default": {
         "top_k": 48,
         "prototypes": 4,
-        "select_block": -2,
+        "select_block": -1,
         "alpha": 0.2,
         "beta": 0.8,
         "lambda1": 0.02,
@@ -48,11 +50,12 @@ PRESETS = {
         "prototypes_in": "none",
         "prototype_logits": True,
         "losses": ("reg_text", "kl_visual", "local"),
-        "stages": (),
+        "stages": ((-2, 0.75),),
         "fuse_dropped": True,
+        "match_tokens": 12,
     },
 }
-PRESETS["fast"] = PRESETS["default"] | {"top_k": 32, "select_block": 4}
+PRESETS["fast"] = PRESETS["default"] | {"top_k": 32, "select_block": 4, "stages": (), "match_tokens": 8}
 
 
 @dataclass
@@ -99,14 +102,16 @@ class SpotlighterConfig:
     losses: tuple[str, ...] | None = None
     """Auxiliary losses of Eq. 15 in use: names among ``LOSSES``; L_cls is always there. ``gra`` is ``gra_low``, level 2
     alone, and ``gra_high``, level 1 alone."""
-    stages: tuple[tuple[int, int], ...] | None = None
+    stages: tuple[tuple[int, int | float], ...] | None = None
     """Earlier cuts on the way to ``select_block`` and ``top_k``: pairs (block, tokens kept), blocks as in
-    ``select_block``. ``((3, 64),)`` keeps 64 tokens before block 3, by the sample-wise score there."""
+    ``select_block``. ``((3, 64),)`` keeps 64 tokens before block 3, by the sample-wise score there; ``((3, 0.5),)``
+    half of the tower's tokens, though never fewer than the next cut. A preset's stages go with its ``select_block``:
+    where that is given, there are none."""
     fuse_dropped: bool | None = None
     """Let the tokens that a cut drops go on as one, their mean weighted by their scores."""
     contribution_sign: str = "signed"
     """What ``contribution`` does with tokens that lower the similarity: one of ``SIGNS``."""
-    match_tokens: int = 8
+    match_tokens: int | None = None
     """m ≥ 0, how many of an image's best tokens ``prototype_logits`` matches, each beside CLS; 0: CLS alone."""
     match_shots: int = 16
     """V, how many training images per class it remembers."""
@@ -117,6 +122,8 @@ class SpotlighterConfig:
 
     def __post_init__(self):
         _one_of("preset", self.preset, PRESETS)
+        if self.stages is None and self.select_block is not None:
+            self.stages = ()
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -159,36 +166,44 @@ class SpotlighterConfig:
         has_irm = self.mapping != "none" and self.prototypes_in != "none"
         return self.semantic_activation or has_irm or "local" in self.losses
 
-    def check(self, n_tokens: int, n_blocks: int) -> list[int]:
-        """Compare with a tower of ``n_tokens`` patch tokens and ``n_blocks`` blocks.
+    def cuts(self, n_tokens: int, n_blocks: int) -> list[tuple[int, int]]:
+        """Where a tower of ``n_tokens`` patch tokens and ``n_blocks`` blocks is cut.
 
         Returns:
-            The blocks before which tokens are cut, in [0, n_blocks) and ascending; the last one is s.
+            Pairs (block, tokens kept): the blocks before which tokens are cut, in [0, n_blocks) and ascending. The last
+            pair is (s, k).
 
         Raises:
             ValueError: k exceeds the tokens, a block does not exist, or a stage does not come before the next.
         """
-        cuts = [("stages", block, k) for block, k in self.stages]
-        cuts.append(("select_block", self.select_block, self.top_k))
-        for name, block, k in cuts:
-            if k > n_tokens:
-                name = "top_k" if name == "select_block" else name
+        cuts = [(self.select_block, self.top_k)]
+        for block, kept in reversed(self.stages):
+            kept = max(math.ceil(kept * n_tokens), cuts[0][1]) if isinstance(kept, float) else kept
+            cuts.insert(0, (block, kept))
+        for i, (block, kept) in enumerate(cuts):
+            is_last = i == len(self.stages)
+            if kept > n_tokens:
+                name = "top_k" if is_last or isinstance(self.stages[i][1], float) else "stages"
                 raise ValueError(
                     f"{_option(name)} = {getattr(self, name)}: the vision tower has {n_tokens} tokens; "
                     f"take at most {n_tokens}"
                 )
             if not -n_blocks <= block < n_blocks:
+                name = "select_block" if is_last else "stages"
                 raise ValueError(
                     f"{_option(name)} = {getattr(self, name)}: the vision tower has {n_blocks} blocks; "
                     f"take {-n_blocks} to {n_blocks - 1}"
                 )
-        blocks = [block % n_blocks for _, block, _ in cuts]
+        cuts = [(block % n_blocks, kept) for block, kept in cuts]
+        blocks = [block for block, _ in cuts]
         if any(later <= earlier for earlier, later in pairwise(blocks)):
             raise ValueError(
                 f"{_option('stages')} = {self.stages}, SELECT_BLOCK {self.select_block}: of {n_blocks} blocks these "
                 f"are {', '.join(map(str, blocks))}; each must come before the next"
             )
-        return blocks
+        if any(later > earlier for (_, earlier), (_, later) in pairwise(cuts)):
+            raise ValueError(_growing(self.stages, self.top_k))
+        return cuts
 
 
 def extend_cfg(cfg) -> None:
@@ -213,18 +228,28 @@ def _one_of(name: str, value, allowed) -> None:
         raise ValueError(f"{_option(name)} = {value!r}: expected one of {', '.join(allowed)}")
 
 
-def _stages(value, top_k: int) -> tuple[tuple[int, int], ...]:
-    """Pairs (block, tokens kept) with ever fewer tokens, the last of them at least ``top_k``."""
-    if not isinstance(value, (list, tuple)) or any(
-        not isinstance(pair, (list, tuple)) or [type(part) for part in pair] != [int, int] for pair in value
-    ):
-        raise ValueError(f"{_option('stages')} = {value!r}: expected pairs (block, tokens kept) as in ((3, 64),)")
-    kept = [k for _, k in value] + [top_k]
-    if kept != sorted(kept, reverse=True):
+def _stages(value, top_k: int) -> tuple[tuple[int, int | float], ...]:
+    """Pairs (block, tokens kept or a share of them) with ever fewer tokens, the last of them at least ``top_k``."""
+    if not isinstance(value, (list, tuple)) or not all(map(_is_stage, value)):
         raise ValueError(
-            f"{_option('stages')} = {value!r}, TOP_K {top_k}: each must keep at most what the one before did"
+            f"{_option('stages')} = {value!r}: expected pairs (block, tokens kept) as in ((3, 64),), "
+            "or a share of the tokens, above 0 and below 1, as in ((3, 0.5),)"
         )
+    for kind in (int, float):
+        kept = [k for _, k in value if type(k) is kind] + [top_k] * (kind is int)
+        if kept != sorted(kept, reverse=True):
+            raise ValueError(_growing(value, top_k))
     return tuple((block, k) for block, k in value)
+
+
+def _is_stage(pair) -> bool:
+    if not isinstance(pair, (list, tuple)) or [type(part) for part in pair] not in ([int, int], [int, float]):
+        return False
+    return type(pair[1]) is int or 0 < pair[1] < 1
+
+
+def _growing(stages, top_k: int) -> str:
+    return f"{_option('stages')} = {stages!r}, TOP_K {top_k}: each must keep at most what the one before did"
 
 
 def _number(name: str, value, low, high, whole: bool) -> None:

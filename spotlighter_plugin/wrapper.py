@@ -101,9 +101,10 @@ class SpotlighterWrapper(nn.Module):
         vision = self.adapter.vision
         check_tower(vision)
         blocks = vision.transformer.resblocks
-        cuts = config.check(len(vision.positional_embedding) - 1, len(blocks))
+        cuts = config.cuts(len(vision.positional_embedding) - 1, len(blocks))
         self.host = host_model
-        self.stream = TokenStream(vision, *cuts)
+        self.stream = TokenStream(vision, *(block for block, _ in cuts))
+        self._kept_early = [kept for _, kept in cuts[:-1]]
         width, heads = vision.proj.shape[0], self.stream.block.attn.num_heads
         self.plugin = Plugin(config, self.class_names, width, self.adapter.dim, heads)
         self.plugin.to(vision.proj.device).train(host_model.training)
@@ -243,7 +244,7 @@ class SpotlighterWrapper(nn.Module):
 
     def _encode(self, step: _Step) -> Tensor:
         """One pass through the tower: v before normalization, (B, d)."""
-        early = (partial(self._cut, step, stage, k) for stage, (_, k) in enumerate(self.config.stages))
+        early = (partial(self._cut, step, stage, k) for stage, k in enumerate(self._kept_early))
         with self.stream.selecting(*early, lambda hidden: self._choose(hidden, step)) as stream:
             image = self.adapter.encode_image(step.images)  # (B, d)
             if step.describes:

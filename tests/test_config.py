@@ -74,6 +74,8 @@ def test_options_from_a_command_line_become_what_the_config_wants():
         ("stages", (3, 64)),
         ("stages", ((3, 64, 2),)),
         ("stages", ((3, 64.0),)),
+        ("stages", ((3, 0.0),)),
+        ("stages", ((2, 0.5), (3, 0.6))),
         ("stages", ((2, 48), (3, 64))),
         ("stages", ((3, 8),)),
         ("fuse_dropped", "no"),
@@ -89,14 +91,26 @@ def test_a_wrong_value_is_one_line_naming_option_and_value(option, value):
 
 @pytest.mark.parametrize(("block", "index"), [(-1, 11), (-12, 0), (0, 0), (11, 11)])
 def test_the_block_is_counted_from_either_end(block, index):
-    assert SpotlighterConfig(select_block=block).check(196, 12) == [index]
+    assert SpotlighterConfig(select_block=block).cuts(196, 12) == [(index, 48)]
 
 
 def test_stages_are_counted_from_either_end_like_the_block_and_may_come_as_lists():
     config = SpotlighterConfig(stages=[[3, 64], (-4, 48)], select_block=-1, top_k=16)
-    assert config.check(196, 12) == [3, 8, 11] and config.stages == ((3, 64), (-4, 48))
+    assert config.cuts(196, 12) == [(3, 64), (8, 48), (11, 16)] and config.stages == ((3, 64), (-4, 48))
     cfg = tree("TRAINER.SPOTLIGHTER.STAGES", "((3, 64),)", "TRAINER.SPOTLIGHTER.FUSE_DROPPED", "True")
     assert (from_cfg(cfg).stages, from_cfg(cfg).fuse_dropped) == (((3, 64),), True)
+
+
+def test_a_share_is_of_the_towers_tokens_and_keeps_no_fewer_than_the_next_cut():
+    config = SpotlighterConfig(stages=((3, 0.5), (5, 0.25)), top_k=32)
+    assert config.cuts(196, 12) == [(3, 98), (5, 49), (11, 32)]
+    assert config.cuts(49, 12) == [(3, 32), (5, 32), (11, 32)]
+
+
+def test_a_presets_stages_go_with_its_block():
+    assert SpotlighterConfig().cuts(144, 6) == [(4, 108), (5, 48)]
+    assert SpotlighterConfig(top_k=140).cuts(144, 6) == [(4, 140), (5, 140)]
+    assert SpotlighterConfig(select_block=5).cuts(144, 6) == [(5, 48)]
 
 
 @pytest.mark.parametrize(
@@ -108,10 +122,11 @@ def test_stages_are_counted_from_either_end_like_the_block_and_may_come_as_lists
         ({"stages": ((3, 197),)}, ("STAGES = ((3, 197),)", "196")),
         ({"stages": ((-13, 64),)}, ("STAGES = ((-13, 64),)", "-12 to 11")),
         ({"stages": ((3, 64),), "select_block": 3}, ("STAGES = ((3, 64),)", "SELECT_BLOCK 3", "3, 3")),
-        ({"stages": ((3, 64), (-10, 48))}, ("STAGES = ((3, 64), (-10, 48))", "3, 2, 10")),
+        ({"stages": ((3, 64), (5, 0.5)), "top_k": 16}, ("STAGES = ((3, 64), (5, 0.5))", "TOP_K 16")),
+        ({"stages": ((3, 64), (-10, 48))}, ("STAGES = ((3, 64), (-10, 48))", "3, 2, 11")),
     ],
 )
 def test_what_the_tower_has_not_is_one_line_naming_value_and_limit(options, words):
     with pytest.raises(ValueError) as error:
-        SpotlighterConfig(**options).check(196, 12)
+        SpotlighterConfig(**options).cuts(196, 12)
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)

@@ -58,7 +58,7 @@ VARIANTS = {
     "with L_reg_text": {S + "LOSSES": "('reg_text',)"}, "λ2 = 4": {S + "LOSSES": "('reg_text',)", S + "LAMBDA2": 4.0},
     "λ2 = 4, 20 epochs at 0.1": {**HOST, S + "LOSSES": "('reg_text',)", S + "LAMBDA2": 4.0},
     "with L_gra": {S + "LOSSES": "('gra',)"}, "gated": {S + "MAPPING": "gated"},
-    "s = L-1, k = 32": {S + "SELECT_BLOCK": -1, S + "TOP_K": 32}, "all tokens": {S + "TOP_K": 144},
+    "s = L-1, k = 36": {S + "SELECT_BLOCK": -1, S + "TOP_K": 36}, "all tokens": {S + "TOP_K": 144},
     "64 tokens": {S + "TOP_K": 64},
 }  # fmt: skip
 CANDIDATES = [(rate, epochs) for epochs in (5, 20, 60) for rate in (0.03, 0.1, 0.3)]
