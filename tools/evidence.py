@@ -54,12 +54,17 @@ METHODS = [
 S = "TRAINER.SPOTLIGHTER."
 VARIANTS = {
     "as it is": {}, "20 epochs at 0.1": HOST, "10 epochs at 0.1": {**HOST, "OPTIM.MAX_EPOCH": 10},
+    "8 matched": {S + "MATCH_TOKENS": 8}, "16 matched": {S + "MATCH_TOKENS": 16},
     "CLS alone remembered": {S + "MATCH_TOKENS": 0}, "nothing remembered": {S + "PROTOTYPE_LOGITS": False},
     "with L_reg_text": {S + "LOSSES": "('reg_text',)"}, "λ2 = 4": {S + "LOSSES": "('reg_text',)", S + "LAMBDA2": 4.0},
     "λ2 = 4, 20 epochs at 0.1": {**HOST, S + "LOSSES": "('reg_text',)", S + "LAMBDA2": 4.0},
     "with L_gra": {S + "LOSSES": "('gra',)"}, "gated": {S + "MAPPING": "gated"},
-    "s = L-1, k = 36": {S + "SELECT_BLOCK": -1, S + "TOP_K": 36}, "all tokens": {S + "TOP_K": 144},
-    "64 tokens": {S + "TOP_K": 64},
+    **{
+        f"{name}, 8 matched": {S + "SELECT_BLOCK": block, S + "TOP_K": k, S + "MATCH_TOKENS": 8}
+        for name, block, k in (
+            ("48 before L-2", -2, 48), ("64 before L-2", -2, 64), ("36 before L-1", -1, 36), ("all tokens", -2, 144),
+        )
+    },
 }  # fmt: skip
 CANDIDATES = [(rate, epochs) for epochs in (5, 20, 60) for rate in (0.03, 0.1, 0.3)]
 
