@@ -306,7 +306,7 @@ def training_table(settings: list[Setting], records: list[dict]) -> Table:
 
 def profile_table(settings: list[Setting], profiles: list[dict[str, float]]) -> Table:
     """Where the time of a pass goes, in percent of it."""
-    table = Table("s", "k", "ms", *STAGES, "outside the tower", title="where the time goes, %")
+    table = Table("s", "k", "ms", *STAGES, "outside the tower", title="where the time goes, %", padding=0)
     for setting, profile in zip(settings, profiles, strict=True):
         total = sum(profile.values())
         outside = sum(profile[stage] for stage in OUTSIDE)
