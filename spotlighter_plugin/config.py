@@ -180,10 +180,10 @@ class SpotlighterConfig:
         for block, kept in reversed(self.stages):
             kept = max(math.ceil(kept * n_tokens), cuts[0][1]) if isinstance(kept, float) else kept
             cuts.insert(0, (block, kept))
-        for i, (block, kept) in enumerate(cuts):
+        for i, (block, kept) in reversed(list(enumerate(cuts))):  # a share may have its number from a later cut
             is_last = i == len(self.stages)
             if kept > n_tokens:
-                name = "top_k" if is_last or isinstance(self.stages[i][1], float) else "stages"
+                name = "top_k" if is_last else "stages"
                 raise ValueError(
                     f"{_option(name)} = {getattr(self, name)}: the vision tower has {n_tokens} tokens; "
                     f"take at most {n_tokens}"
@@ -229,16 +229,15 @@ def _one_of(name: str, value, allowed) -> None:
 
 
 def _stages(value, top_k: int) -> tuple[tuple[int, int | float], ...]:
-    """Pairs (block, tokens kept or a share of them) with ever fewer tokens, the last of them at least ``top_k``."""
+    """Pairs (block, tokens kept or a share of them); numbers fall, the last of them to no less than ``top_k``."""
     if not isinstance(value, (list, tuple)) or not all(map(_is_stage, value)):
         raise ValueError(
             f"{_option('stages')} = {value!r}: expected pairs (block, tokens kept) as in ((3, 64),), "
             "or a share of the tokens, above 0 and below 1, as in ((3, 0.5),)"
         )
-    for kind in (int, float):
-        kept = [k for _, k in value if type(k) is kind] + [top_k] * (kind is int)
-        if kept != sorted(kept, reverse=True):
-            raise ValueError(_growing(value, top_k))
+    kept = [k for _, k in value if isinstance(k, int)] + [top_k]
+    if kept != sorted(kept, reverse=True):
+        raise ValueError(_growing(value, top_k))
     return tuple((block, k) for block, k in value)
 
 
