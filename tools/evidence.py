@@ -65,6 +65,8 @@ VARIANTS = {
             ("48 before L-2", -2, 48), ("64 before L-2", -2, 64), ("36 before L-1", -1, 36), ("all tokens", -2, 144),
         )
     },
+    "a quarter kept": {S + "TOP_K": 36}, "a quarter kept, random": {S + "TOP_K": 36, S + "ACTIVATION": "random"},
+    "all kept": {S + "SELECT_BLOCK": -2, S + "TOP_K": 144},
 }  # fmt: skip
 CANDIDATES = [(rate, epochs) for epochs in (5, 20, 60) for rate in (0.03, 0.1, 0.3)]
 
