@@ -31,10 +31,13 @@ COMMON = {
     "TRAINER.COOP.PREC": "fp32", "TRAIN.PRINT_FREQ": 1000,
 }  # fmt: skip
 HOST = {**COMMON, "OPTIM.LR": 0.1, "OPTIM.MAX_EPOCH": 20}  # --choose compares: docs/ablations.md
-LONG = {**HOST, "OPTIM.MAX_EPOCH": 60}
+LONG, LONGEST = {**HOST, "OPTIM.MAX_EPOCH": 60}, {**HOST, "OPTIM.MAX_EPOCH": 200}  # 200: upstream's for 16 shots
 SHORT = {**COMMON, "OPTIM.LR": 0.3, "OPTIM.MAX_EPOCH": 5}  # what is remembered need not be learned
 PLUGIN = {**SHORT, "TRAINER.SPOTLIGHTER.LOSSES": "()"}
-HOST_ROW, SHORT_ROW, LONG_ROW, OURS = "CoOp", "CoOp, short", "CoOp, trained long", "Spotlighter"
+HOST_ROWS = HOST_ROW, SHORT_ROW, LONG_ROW, LONGEST_ROW = (
+    "CoOp", "CoOp, short", "CoOp, trained long", "CoOp, 200 epochs",
+)  # fmt: skip
+OURS = "Spotlighter"
 CONTROLS = (
     "CoOp + L_reg_text", "CoOp + text residual", "CoOp + cache of CLS", "CoOp, short, + cache of CLS",
     "Spotlighter, random tokens",
@@ -44,6 +47,7 @@ METHODS = [
     Method(HOST_ROW, "CoOp", HOST, HOST_ROW, False),
     Method(SHORT_ROW, "CoOp", SHORT, SHORT_ROW, False),
     Method(LONG_ROW, "CoOp", LONG, sees_tokens=False),
+    Method(LONGEST_ROW, "CoOp", LONGEST, sees_tokens=False),
     Method(CONTROLS[0], "CoOpTextRegularised", HOST, CONTROLS[0], False),
     Method(CONTROLS[1], "CoOpTextResidual", HOST, sees_tokens=False),
     Method(CONTROLS[2], "CoOpCache", HOST, HOST_ROW, False),
@@ -97,7 +101,7 @@ def read(folder: Path, dataset: str, method: Method, seed: int) -> Outcome:
         return Outcome(correct, int(data["parameters"]), float(data["seconds"]))
 
 
-def show(methods, datasets, seeds, folder: Path, ours=OURS, others=(HOST_ROW, SHORT_ROW, LONG_ROW, *CONTROLS)) -> dict:
+def show(methods, datasets, seeds, folder: Path, ours=OURS, others=(*HOST_ROWS, *CONTROLS)) -> dict:
     """Print the table of means over seeds and the paired differences of ``ours`` to ``others``; returns both."""
     outcomes = {m.name: [read(folder, d, m, s) for d in datasets for s in seeds] for m in methods}
     n = len(seeds)
@@ -132,7 +136,7 @@ def main():
     parser.add_argument("--root", default="data")
     parser.add_argument("--datasets", nargs="+", default=FAMILY)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--rows", nargs="+", choices=[m.name for m in METHODS], help="rows to run (default: all)")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="rows to run (default: all)")
     parser.add_argument(
         "--choose", choices=["host", "plugin"],
         help="on validation alone: CoOp's rates and lengths, or the plug-in's options",
@@ -140,7 +144,7 @@ def main():
     args = parser.parse_args()
     import controls  # noqa: F401  (registers the control trainers)
 
-    methods, folder, classes = [m for m in METHODS if not args.rows or m.name in args.rows], args.out, ("base", "new")
+    methods, folder, classes, compared = METHODS, args.out, ("base", "new"), {}
     if args.choose == "host":
         methods = METHODS[:1] + [
             Method(f"CoOp {r} {n}", "CoOp", {**COMMON, "OPTIM.LR": r, "OPTIM.MAX_EPOCH": n}, sees_tokens=False)
@@ -148,10 +152,15 @@ def main():
         ]
     elif args.choose == "plugin":
         methods = [Method(name, "CoOpSpotlighter", {**PLUGIN, **options}) for name, options in VARIANTS.items()]
+    names = [method.name for method in methods]
+    if unknown := set(args.rows or ()).difference(names):
+        parser.error(f"--rows {min(unknown)}: no such row; there are {', '.join(names)}")
+    methods = [method for method in methods if not args.rows or method.name in args.rows]
     if args.choose:
         folder, classes = folder / "choose", ("inner-base", "inner-new")
+        compared = {"ours": methods[0].name, "others": [method.name for method in methods[1:]]}
     run_all(methods, args.datasets, args.seeds, folder, args.root, classes)
-    result = show(methods, args.datasets, args.seeds, folder)
+    result = show(methods, args.datasets, args.seeds, folder, **compared)
     aside = folder / "table.tmp"
     aside.write_text(json.dumps(result, indent=1) + "\n")
     os.replace(aside, folder / "table.json")
