@@ -40,7 +40,8 @@ class HiddenStates:
                 "set INPUT.TRANSFORMS \"('normalize',)\""
             )
         self.transform, self.batch_size = build_transform(cfg, is_train=False), batch_size
-        self.vision = load_clip(cfg.MODEL.BACKBONE.NAME).visual.eval()
+        self.device = torch.device("cuda" if torch.cuda.is_available() and cfg.USE_CUDA else "cpu")
+        self.vision = load_clip(cfg.MODEL.BACKBONE.NAME, self.device).visual.eval()
         n_blocks = len(self.vision.transformer.resblocks)
         self.block = block + n_blocks if block < 0 else block
         self.rows, self.states = {}, []
@@ -58,10 +59,10 @@ class HiddenStates:
         starts = range(0, len(new), self.batch_size)
         for start in track(starts, "frozen blocks", disable=not new, transient=True):
             part = new[start : start + self.batch_size]
-            images = torch.stack([self.transform(read_image(path)) for path in part])  # (b, 3, h, w)
+            images = torch.stack([self.transform(read_image(path)) for path in part]).to(self.device)  # (b, 3, h, w)
             self.rows |= {path: (len(self.states), i) for i, path in enumerate(part)}
             for kept, states in zip((self.states, self.readouts.states), self._enter(images), strict=True):
-                kept.append(states.permute(1, 0, 2).half())
+                kept.append(states.permute(1, 0, 2).half().cpu())
 
     def _enter(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(b, 3, h, w) → (1+N, b, w) entering the block, and (1, b, w) leaving the last one."""

@@ -4,13 +4,14 @@ import contextlib
 import io
 import statistics
 import tempfile
-import time
+from functools import partial
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from .experiment import Laboratory, Method
+from .stopwatch import alternate
 
 DATASET = "configs/datasets/emoji_scenes.yaml"
 BUDGET = {
@@ -56,15 +57,10 @@ def images_per_second(methods, root: str, seed: int) -> dict[str, float]:
     laboratory = Laboratory(DATASET, root, block=None)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         trainers = {method.name: laboratory.trainer(method, seed, "base", folder) for method in methods}
-    times = {name: [] for name in trainers}
-    size = next(iter(trainers.values())).cfg.INPUT.SIZE
-    batch = torch.randn(BATCH, 3, *size)  # speed does not depend on the pictures
+    first = next(iter(trainers.values()))
+    batch = torch.randn(BATCH, 3, *first.cfg.INPUT.SIZE, device=first.device)  # speed does not depend on the pictures
     for trainer in trainers.values():
         trainer.set_model_mode("eval")
-        trainer.model_inference(batch)
-    for _ in range(PAIRS):
-        for name, trainer in trainers.items():
-            started = time.perf_counter()
-            trainer.model_inference(batch)
-            times[name].append(time.perf_counter() - started)
+    legs = {name: partial(trainer.model_inference, batch) for name, trainer in trainers.items()}
+    times = alternate(legs, PAIRS, first.device)
     return {name: BATCH / statistics.median(values) for name, values in times.items()}

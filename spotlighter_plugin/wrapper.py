@@ -152,6 +152,7 @@ class SpotlighterWrapper(nn.Module):
         described, rows = [], []
         with self._evaluating():
             for images, labels in batches:
+                images, labels = images.to(device), labels.to(device)
                 new = place_in_class(labels) + seen[labels] < limit
                 if not new.any():
                     continue
@@ -186,10 +187,10 @@ class SpotlighterWrapper(nn.Module):
         logits, labels, matches, right = [], [], [], None
         with self._evaluating():
             for images, targets in batches:
-                step = self._begin(images)[1]
+                step = self._begin(images.to(weight.device))[1]
                 image = self._encode(step)
                 logits.append(self._logits(image, step.tokens, step))
-                labels.append(targets)
+                labels.append(None if targets is None else targets.to(weight.device))
                 matches.append([self._match(step, b) for b in SHARPNESSES])
             if logits:
                 logits, matches = torch.cat(logits), [torch.cat(match) for match in zip(*matches, strict=True)]
