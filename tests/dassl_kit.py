@@ -51,6 +51,7 @@ class Linear(TrainerX):
     def build_model(self):
         size = 3 * self.cfg.INPUT.SIZE[0] * self.cfg.INPUT.SIZE[1]
         self.model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.3), torch.nn.Linear(size, 3))
+        self.model.to(self.device)
         self.optim = build_optimizer(self.model, self.cfg.OPTIM)
         self.sched = build_lr_scheduler(self.optim, self.cfg.OPTIM)
         self.register_model("linear", self.model, self.optim, self.sched)

@@ -37,6 +37,12 @@ def make(folder, host, teacher, *options, precision="fp32", on_gpu=True, preset=
     return make_trainer(folder, f"{host}Spotlighter", f"{MODULES[host]}_spotlighter", *needed, *selection, *options)
 
 
+@pytest.fixture(autouse=True)
+def whole_float32(monkeypatch):
+    """Convolutions in float32, as on a CPU; PyTorch's default on a GPU is TF32, of ten bits."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @torch.no_grad()
 def logits_of(trainer):
     trainer.set_model_mode("eval")

@@ -36,7 +36,7 @@ def test_cached_states_give_the_logits_of_whole_images(tmp_path, few_scenes, nam
             trainer = Laboratory(DATASET, str(tmp_path), block).trainer(method, 1, "base", str(tmp_path / f"{block}"))
         trainer.set_model_mode("eval")
         with torch.no_grad():
-            logits[block] = trainer.model_inference(next(iter(trainer.test_loader))["img"])
+            logits[block] = trainer.model_inference(trainer.parse_batch_test(next(iter(trainer.test_loader)))[0])
     assert torch.allclose(logits[-2], logits[None], atol=0.05)
     assert logits[-2].std() > 0.05
 

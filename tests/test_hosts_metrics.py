@@ -20,7 +20,7 @@ from spotlighter_plugin.experiment import Laboratory, Method
 
 SHORT = {
     "DATASET.NUM_SHOTS": 4, "OPTIM.MAX_EPOCH": 2, "OPTIM.WARMUP_EPOCH": 0, "DATALOADER.TRAIN_X.BATCH_SIZE": 8,
-    "DATALOADER.NUM_WORKERS": 0,
+    "DATALOADER.NUM_WORKERS": 0, "USE_CUDA": False,
 }  # fmt: skip
 OPTIONS = {
     "CoOp": {"OPTIM.LR": 0.05, "TRAINER.COOP.CTX_INIT": "a photo of a"},
@@ -67,8 +67,11 @@ def figures(folder, monkeypatch, trainer):
 @torch.no_grad()
 def _cross_entropy(trainer):
     trainer.set_model_mode("eval")
-    batches = [(trainer.model_inference(batch["img"]), batch["label"]) for batch in trainer.test_loader]
-    logits, labels = (torch.cat(part) for part in zip(*batches, strict=True))
+    batches = [trainer.parse_batch_test(batch) for batch in trainer.test_loader]
+    logits, labels = (
+        torch.cat([trainer.model_inference(images) for images, _ in batches]),
+        torch.cat([y for _, y in batches]),
+    )
     return F.cross_entropy(logits, labels).item()
 
 
