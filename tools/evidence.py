@@ -116,7 +116,7 @@ def show(methods, datasets, seeds, folder: Path, ours=OURS, others=(*HOST_ROWS, 
         means = [*figures.mean(1), figures.mean((0, 1))]
         rows[method.name] = {
             "HM per seed": figures[..., 2].mean(0).round(2).tolist(), "parameters": every[0].parameters,
-            **{name: dict(zip(("base", "new", "HM"), m.round(2).tolist(), strict=True))
+            **{name: dict(zip(("base", "new", "HM"), m.round(4).tolist(), strict=True))
                for name, m in zip([*short, "average"], means, strict=True)},
         }  # fmt: skip
         cells = [" / ".join(f"{x:.1f}" for x in m) for m in means]
@@ -126,7 +126,13 @@ def show(methods, datasets, seeds, folder: Path, ours=OURS, others=(*HOST_ROWS, 
     for other in others:
         if ours in outcomes and other in outcomes:
             differences[other] = mean, low, high = paired_interval(outcomes[ours], outcomes[other])
-            print(f"{ours} minus {other}: {mean:+.2f} HM (95 % interval {low:+.2f} to {high:+.2f})")
+            pairs = zip(outcomes[ours], outcomes[other], strict=True)
+            alone = np.reshape([a.harmonic_mean - b.harmonic_mean for a, b in pairs], (len(datasets), n))
+            seeds_alone = " ".join(f"{gain:+.2f}" for gain in alone.mean(0))
+            print(
+                f"{ours} minus {other}: {mean:+.2f} HM (95 % interval {low:+.2f} to {high:+.2f}); "
+                f"by seed {seeds_alone}; least on a set with a seed {alone.min():+.2f}"
+            )
     return {"rows": rows, "differences": differences}
 
 

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 from evidence import FAMILY, Method, cell, run_all, show
+from rich.console import Console
+from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from spotlighter_plugin.backbones import cpu_has_bfloat16
@@ -123,6 +125,7 @@ def main():
     make, folder, how = rows, args.out, {"thin": THIN}
     if args.choose:
         make, folder, how = candidates, args.out / "choose", {"thin": 2, "classes": ("inner-base", "inner-new")}
+    tables = {}
     for host in args.hosts:
         pairs = [(dataset, seed) for dataset in args.datasets for seed in args.seeds]
         for dataset, seed in () if args.show else pairs:
@@ -130,7 +133,9 @@ def main():
             methods = [method for method in methods if not args.rows or method.name in args.rows]
             with plain_attention():
                 run_all(methods, [dataset], [seed], folder, args.root, block=None, **how)
-        print_table(host, make(host, {}), args.datasets, args.seeds, folder)
+        tables[host] = print_table(host, make(host, {}), args.datasets, args.seeds, folder)
+    if not args.choose:
+        print_summary({host: table for host, table in tables.items() if f"{host} + Spotlighter" in table["rows"]})
 
 
 def plain_attention():
@@ -139,19 +144,46 @@ def plain_attention():
     return sdpa_kernel(SDPBackend.MATH) if in_bfloat16 else contextlib.nullcontext()
 
 
-def print_table(host: str, methods: list[Method], datasets: list[str], seeds: list[int], folder: Path) -> None:
-    """Print the rows that are complete on the data sets and seeds on which the host is; says what is missing."""
+def print_table(host: str, methods: list[Method], datasets: list[str], seeds: list[int], folder: Path) -> dict:
+    """Print the rows that are complete on the data sets and seeds on which the host is; says what is missing.
+
+    Returns what `evidence.show` returns.
+    """
     there = lambda method, dataset: all(cell(folder, dataset, method, seed).exists() for seed in seeds)  # noqa: E731
     alone = next(method for method in methods if method.trainer == host)
     done = [dataset for dataset in datasets if there(alone, dataset)]
     complete = [method for method in methods if done and all(there(method, dataset) for dataset in done)]
+    table = {"rows": {}, "differences": {}}
     if complete:
         names = [method.name for method in complete]
         others = [name for name in names[:-1] if name.startswith(host)]  # the last is trained together, else attached
-        show(complete, done, seeds, folder, names[-1], others)
+        table = show(complete, done, seeds, folder, names[-1], others)
     missing = [method.name for method in methods if method not in complete]
     if missing or len(done) < len(datasets):
         print(f"{host}: {len(done)} of {len(datasets)} data sets; not there yet: {', '.join(missing) or 'no row'}")
+    return table
+
+
+def print_summary(tables: dict[str, dict]) -> None:
+    """Print a row for each host that has all of them: average HM, and what Spotlighter gains."""
+    short = ["host", "L_reg_text", "text residual", "cache", "random tokens", "attached", "trained together"]
+    columns = [f"{name}\nHM" for name in short]
+    summary = Table("host", "zero-shot\nbase / HM", "host\nbase", *columns, "minus host", "minus cache", "added to")
+    for host, table in tables.items():
+        averages = {name: row["average"] for name, row in table["rows"].items()}
+        names = [method.name for method in rows(host, {}) if method.name.startswith(host)]
+        names = names if len(names) == len(short) else [names[0], None, None, *names[1:]]  # texts are the teacher's
+        gains = [
+            "{:+.2f} ({:+.2f} to {:+.2f})".format(*table["differences"][name]) if name in averages else "–"
+            for name in (host, f"{host} + cache of CLS")
+        ]
+        own, with_ours = (table["rows"][name]["parameters"] for name in (host, f"{host} + Spotlighter"))
+        summary.add_row(
+            host, f"{averages[ZERO_SHOT.name]['base']:.1f} / {averages[ZERO_SHOT.name]['HM']:.1f}",
+            f"{averages[host]['base']:.1f}", *(f"{averages[n]['HM']:.1f}" if n in averages else "–" for n in names),
+            *gains, f"{with_ours - own} to {own:,}",
+        )  # fmt: skip
+    Console(width=200).print(summary)
 
 
 if __name__ == "__main__":
