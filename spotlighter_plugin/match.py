@@ -19,7 +19,7 @@ MANY = 1024  # classes; of more, the shortlist compares whole classes and not ea
 SHARPNESSES = (1.0, 3.0, 6.0)
 WEIGHTS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
 SAY = 0.25  # of what the texts say, where no label can judge the match
-CHUNK = 2**22  # numbers that are gathered at once
+ON_CPU, ON_GPU = 2**22, 2**27  # numbers that are gathered at once: a CPU's caches are small, a GPU wants few launches
 
 
 class ShotMemory(NamedClasses):
@@ -123,14 +123,16 @@ def resemblance(queries: Tensor, memory: ShotMemory, coarse: Tensor) -> tuple[Te
     there = filled[:, : coarse.shape[1]]  # a class with images has a first
     alike = torch.einsum("be,cve->bcv", overall, coarse).masked_fill(~there, -torch.inf).amax(-1)  # (B, C)
     classes = alike.topk(min(SHORTLIST, len(keys)), dim=1).indices  # (B, S)
-    step = max(1, CHUNK // (classes.shape[1] * keys[0].numel()))
+    on_cpu = keys.device.type == "cpu"
+    precision = queries.dtype if on_cpu else keys.dtype  # a GPU multiplies the keys as they are kept
+    step = max(1, (ON_CPU if on_cpu else ON_GPU) // (classes.shape[1] * keys[0].numel()))
     cosines = []
-    for some, mine in zip(queries.split(step), classes.split(step), strict=True):
-        theirs = keys.index_select(0, mine.flatten()).to(some.dtype)  # (b·S, V, m, D)
+    for some, mine in zip(queries.to(precision).split(step), classes.split(step), strict=True):
+        theirs = keys.index_select(0, mine.flatten()).to(precision)  # (b·S, V, m, D)
         cosine = theirs.view(len(some), -1, theirs.shape[-1]) @ some.transpose(1, 2)  # (b, S·V·m, m)
         cosine = cosine.view(*mine.shape, *keys.shape[1:3], -1)  # (b, S, V, m, m)
         cosine = cosine.masked_fill(~filled[mine][:, :, :, None, None], -torch.inf)
-        cosines.append(cosine.flatten(2, 3).amax(2).transpose(1, 2))  # (b, m, S)
+        cosines.append(cosine.flatten(2, 3).amax(2).transpose(1, 2).float())  # (b, m, S)
     return torch.cat(cosines), classes
 
 

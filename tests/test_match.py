@@ -87,7 +87,7 @@ def test_the_match_is_the_mean_vote_of_each_tokens_best_key_among_the_most_alike
     monkeypatch, chunk, shortlist, many
 ):
     monkeypatch.setattr(match, "MANY", many)
-    monkeypatch.setattr(match, "CHUNK", chunk)
+    monkeypatch.setattr(match, "ON_CPU", chunk)
     monkeypatch.setattr(match, "SHORTLIST", shortlist)
     shots = memory()
     queries = shots.look(described(6, seed=5))
