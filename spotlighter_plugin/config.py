@@ -115,6 +115,9 @@ class SpotlighterConfig:
     """m ≥ 0, how many of an image's best tokens ``prototype_logits`` matches, each beside CLS; 0: CLS alone."""
     match_shots: int = 16
     """V, how many training images per class it remembers."""
+    match_slack: float = 0.0
+    """Share of the held-out images in [0, 1] that it may get wrong beyond the best weight, to weigh less: a light match
+    misleads less on images of another domain than theirs."""
     lr_multiplier: float = 1.0
     """Learning rate of the plug-in's parameters as a multiple of the host's."""
     seed: int = 0
@@ -151,6 +154,7 @@ class SpotlighterConfig:
             ("lambda3", 0, None),
             ("match_tokens", 0, None),
             ("match_shots", 1, None),
+            ("match_slack", 0, 1),
             ("lr_multiplier", 0, None),
         ):
             whole = name in ("top_k", "prototypes", "select_block", "match_tokens", "match_shots", "seed")

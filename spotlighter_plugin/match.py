@@ -143,25 +143,29 @@ def votes(cosines: Tensor, classes: Tensor, sharpness: float, n_classes: int) ->
     return match.new_zeros(len(match), n_classes).scatter(1, classes, match)
 
 
-def choose(logits: Tensor, labels: Tensor, matches: list[Tensor]) -> tuple[float, float, float]:
-    """The sharpness and weight of the match with which most held-out images are right; of equals the lightest.
+def choose(logits: Tensor, labels: Tensor, matches: list[Tensor], slack: float = 0.0) -> tuple[float, float, float]:
+    """The sharpness with which most held-out images are right, and the lightest weight that comes near it.
 
     Args:
         logits: (n, C), from the texts alone.
         labels: (n,).
         matches: ``votes`` at each of ``SHARPNESSES``, (n, C) each.
+        slack: the share of the images by which the lightest weight may fall short of the best one.
 
     Returns:
         Sharpness, weight, and the share of images that they get right.
     """
-    best = (SHARPNESSES[0], 0.0, logits.argmax(1).eq(labels).float().mean().item())
+    best = logits.argmax(1).eq(labels).float().mean().item()
+    chosen = SHARPNESSES[0], 0.0, best
     for sharpness, match in zip(SHARPNESSES, matches, strict=True):
         gain = 1 / match.amax(1).mean().clamp(min=1e-6).item()
-        for weight in WEIGHTS[1:]:
-            right = (logits + weight * gain * match).argmax(1).eq(labels).float().mean().item()
-            if right > best[2]:
-                best = (sharpness, weight * gain, right)
-    return best
+        weights = [weight * gain for weight in WEIGHTS]
+        right = [(logits + weight * match).argmax(1).eq(labels).float().mean().item() for weight in weights]
+        if max(right) > best:
+            best = max(right)
+            lightest = next(i for i, share in enumerate(right) if share >= best - slack)
+            chosen = sharpness, weights[lightest], right[lightest]
+    return chosen
 
 
 def unjudged(logits: Tensor, match: Tensor) -> float:

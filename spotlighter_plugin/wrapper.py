@@ -197,7 +197,7 @@ class SpotlighterWrapper(nn.Module):
                 if labels[0] is None:
                     sharpness, chosen = SHARPNESSES[1], unjudged(logits, matches[1])
                 else:
-                    sharpness, chosen, right = choose(logits, torch.cat(labels), matches)
+                    sharpness, chosen, right = choose(logits, torch.cat(labels), matches, self.config.match_slack)
                 memory.sharpness.fill_(sharpness)
                 weight.fill_(chosen)
         return right

@@ -17,7 +17,7 @@ UPSTREAM = Path(os.environ.get("SPOTLIGHTER_UPSTREAM", "/nonexistent"))
 
 def python(code):
     """Run `code` in a fresh interpreter from the repository's root; returns what it printed."""
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd="/", capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

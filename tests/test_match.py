@@ -148,6 +148,19 @@ def test_of_equally_good_matches_the_lightest_is_taken():
     assert match.choose(torch.zeros(3, 3), labels, good)[:2] == (match.SHARPNESSES[0], match.WEIGHTS[1])
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0, 0.5))
+def test_with_slack_a_match_weighs_no_more_and_falls_short_of_the_best_by_no_more_than_that(seed, slack):
+    labels = torch.arange(20) % 4
+    logits, good = random(20, 4, seed=seed), F.relu(random(20, 4, seed=seed + 1) + 2 * F.one_hot(labels, 4))
+    matches = [good] * len(match.SHARPNESSES)
+    _, best_weight, best = match.choose(logits, labels, matches)
+    _, weight, right = match.choose(logits, labels, matches, slack)
+    assert weight <= best_weight
+    assert best - slack <= right <= best
+    assert (logits + weight * good).argmax(1).eq(labels).float().mean().item() == pytest.approx(right)
+
+
 def test_a_memory_is_written_where_half_does_nothing(monkeypatch):
     before = memory().keys
     monkeypatch.setattr(torch.Tensor, "half", lambda self: self)  # as in a fork without a GPU

@@ -135,7 +135,8 @@ def main():
                 run_all(methods, [dataset], [seed], folder, args.root, block=None, **how)
         tables[host] = print_table(host, make(host, {}), args.datasets, args.seeds, folder)
     if not args.choose:
-        print_summary({host: table for host, table in tables.items() if f"{host} + Spotlighter" in table["rows"]})
+        needed = {host: {ZERO_SHOT.name, host, f"{host} + Spotlighter"} for host in tables}
+        print_summary({host: table for host, table in tables.items() if needed[host] <= table["rows"].keys()})
 
 
 def plain_attention():
@@ -165,7 +166,7 @@ def print_table(host: str, methods: list[Method], datasets: list[str], seeds: li
 
 
 def print_summary(tables: dict[str, dict]) -> None:
-    """Print a row for each host that has all of them: average HM, and what Spotlighter gains."""
+    """Print a row for each host of the tables: its rows' average HM, and what Spotlighter gains."""
     short = ["host", "L_reg_text", "text residual", "cache", "random tokens", "attached", "trained together"]
     columns = [f"{name}\nHM" for name in short]
     summary = Table("host", "zero-shot\nbase / HM", "host\nbase", *columns, "minus host", "minus cache", "added to")
