@@ -70,7 +70,7 @@ VARIANTS = {
         )
     },
     "a quarter kept": {S + "TOP_K": 36}, "a quarter kept, random": {S + "TOP_K": 36, S + "ACTIVATION": "random"},
-    "all kept": {S + "SELECT_BLOCK": -2, S + "TOP_K": 144},
+    "all kept": {S + "SELECT_BLOCK": -2, S + "TOP_K": 144}, "slack of 0.015": {S + "MATCH_SLACK": 0.015},
 }  # fmt: skip
 CANDIDATES = [(rate, epochs) for epochs in (5, 20, 60) for rate in (0.03, 0.1, 0.3)]
 

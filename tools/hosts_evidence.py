@@ -136,7 +136,9 @@ def main():
         tables[host] = print_table(host, make(host, {}), args.datasets, args.seeds, folder)
     if not args.choose:
         needed = {host: {ZERO_SHOT.name, host, f"{host} + Spotlighter"} for host in tables}
-        print_summary({host: table for host, table in tables.items() if needed[host] <= table["rows"].keys()})
+        whole = {host: table for host, table in tables.items() if needed[host] <= table["rows"].keys()}
+        if whole:
+            print_summary(whole)
 
 
 def plain_attention():
