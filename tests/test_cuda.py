@@ -7,7 +7,7 @@ import torch
 from hosts_kit import batch_of, make_trainer
 from random_clips import CLASS_NAMES, SIZE, random_clip, save_random_clip
 
-from spotlighter_plugin import SpotlighterConfig, SpotlighterWrapper, bench
+from spotlighter_plugin import SpotlighterConfig, SpotlighterWrapper, bench, match
 from spotlighter_plugin.backbones import apply_precision
 from spotlighter_plugin.cached import CachedTower, HiddenStates
 
@@ -91,6 +91,20 @@ def test_half_precision_classifies_nearly_as_float32_does(mapping):
             wrapper.calibrate([(images[:6], torch.arange(6))])
             logits.append(wrapper(images))
     torch.testing.assert_close(logits[1], logits[0], atol=0.3, rtol=0.03)
+
+
+@pytest.mark.parametrize("at_once", [1, match.ON_GPU])
+def test_a_batch_is_matched_as_on_a_cpu_however_many_images_are_taken_at_once(monkeypatch, at_once):
+    monkeypatch.setattr(match, "ON_GPU", at_once)
+    rows, shots = torch.arange(20) % 5, torch.randn(20, 3, 16)  # 5 classes, 4 images of 3 tokens each
+    found = []
+    for device in ("cpu", DEVICE):
+        memory = match.ShotMemory(list("abcdef")).to(device)  # nothing of f
+        memory.write(shots.to(device), rows.to(device))
+        queries = memory.look(shots[:7].to(device))
+        cosines, classes = match.resemblance(queries, memory, memory.coarse())
+        found.append(match.votes(cosines, classes, 3.0, 6).cpu())
+    torch.testing.assert_close(found[1], found[0], atol=3e-3, rtol=3e-3)
 
 
 def test_states_kept_of_frozen_blocks_give_what_whole_images_give(tmp_path):
