@@ -37,14 +37,14 @@ def _backbones(*names):
 
 
 def _without(loss):
-    return KEY + "LOSSES", ",".join(each for each in ALL_LOSSES if each != loss)
+    return KEY + "LOSSES", str(tuple(each for each in ALL_LOSSES if each != loss))
 
 
 ABLATIONS = {
     "V": {
         "L_cls alone": (KEY + "LOSSES", "()"),
         **{f"without {loss.removeprefix('gra_')}": _without(loss) for loss in ALL_LOSSES},
-        "all losses": (KEY + "LOSSES", ",".join(ALL_LOSSES)),
+        "all losses": (KEY + "LOSSES", str(ALL_LOSSES)),
     },
     "VI": {f"lev{levels}": (KEY + "LEVELS", levels) for levels in ("1", "2", "1+2")},
     "VIII": _switch("SEMANTIC_ACTIVATION"),

@@ -9,11 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import fake_home
 import pytest
+import yaml
 from dassl.config import get_cfg_default
 from rich.console import Console
+from yacs.config import CfgNode
 
 from datasets import emoji_render, emoji_scenes
 from spotlighter_plugin import cli, launch
@@ -25,6 +28,8 @@ from spotlighter_plugin.report import as_csv, make_tables
 from spotlighter_plugin.results import find_results
 from spotlighter_plugin.runs import progress, read_run
 from spotlighter_plugin.sweep import sweep
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -308,6 +313,22 @@ def test_validation_stays_inside_the_base_classes_and_apart_from_the_data_sets_o
     assert found == {("EmojiScenes (validation)", "base"), ("EmojiScenes (validation)", "new")}
     with pytest.raises(ValueError, match="--validation: PromptKD trains on all classes' images"):
         real(tmp_path, "base2new", ("PromptKD",), (1,), validation=True).chains()
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted((ROOT / "configs/trainers").glob("*Spotlighter/*.yaml")),
+    ids=lambda path: f"{path.parent.name} {path.stem}",
+)
+def test_every_variant_of_every_ablation_fits_every_bundled_configuration(path):
+    for variants in ABLATIONS.values():
+        for option, value in variants.values():
+            cfg = get_cfg_default()
+            extend_cfg(cfg)
+            given = yaml.safe_load(path.read_text()).get("TRAINER", {}).get("SPOTLIGHTER", {})
+            cfg.TRAINER.SPOTLIGHTER.merge_from_other_cfg(CfgNode(given))
+            cfg.merge_from_list([option, value])
+            from_cfg(cfg)
 
 
 def test_an_ablation_sweeps_its_variants_and_sets_them_beside_the_papers(home):
