@@ -67,6 +67,15 @@ def make_trainer(folder, trainer, module, *options, backbone=None):
     return build_trainer(cfg)
 
 
+def train_teacher(folder, *options):
+    """Options that name a PromptSRC teacher of another width, trained for an epoch."""
+    backbone = save_random_clip(folder / "teacher.safetensors", seed=3, embed=192, vision=192, text=128)
+    needed = ["TRAINER.PROMPTSRC.PREC", "fp32", "OPTIM.MAX_EPOCH", 1, "TRAINER.PROMPTSRC.GPA_MEAN", 1]
+    make_trainer(folder, "PromptSRC", "promptsrc", *needed, *options, backbone=backbone).train()
+    checkpoint = str(folder / "out/VLPromptLearner/model.pth.tar-1")
+    return ["TRAINER.PROMPTKD.TEACHER_NAME", backbone, "TRAINER.PROMPTKD.TEACHER_CHECKPOINT", checkpoint]
+
+
 def batch_of(trainer):
     """One training batch of every image, always in the same order: {img, label}."""
     items = [trainer.train_loader_x.dataset[i] for i in range(len(trainer.train_loader_x.dataset))]

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from hosts_kit import batch_of, make_trainer
-from random_clips import CLASS_NAMES, SIZE, random_clip, save_random_clip
+from hosts_kit import batch_of, make_trainer, train_teacher
+from random_clips import CLASS_NAMES, SIZE, random_clip
 
 from spotlighter_plugin import SpotlighterConfig, SpotlighterWrapper, bench, match
 from spotlighter_plugin.backbones import apply_precision
@@ -21,12 +21,7 @@ hosts = pytest.mark.parametrize("host", list(MODULES))
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     """Options that name a PromptSRC teacher of another width, tuned on the GPU."""
-    folder = tmp_path_factory.mktemp("teacher")
-    backbone = save_random_clip(folder / "teacher.safetensors", seed=3, embed=192, vision=192, text=128)
-    options = ["TRAINER.PROMPTSRC.PREC", "fp32", "OPTIM.MAX_EPOCH", 1, "TRAINER.PROMPTSRC.GPA_MEAN", 1]
-    make_trainer(folder, "PromptSRC", "promptsrc", *options, "USE_CUDA", True, backbone=backbone).train()
-    checkpoint = str(folder / "out/VLPromptLearner/model.pth.tar-1")
-    return ["TRAINER.PROMPTKD.TEACHER_NAME", backbone, "TRAINER.PROMPTKD.TEACHER_CHECKPOINT", checkpoint]
+    return train_teacher(tmp_path_factory.mktemp("teacher"), "USE_CUDA", True)
 
 
 def make(folder, host, teacher, *options, precision="fp32", on_gpu=True, preset="default"):

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from hosts_kit import batch_of, losses_over, make_trainer
-from random_clips import save_random_clip
+from hosts_kit import batch_of, losses_over, make_trainer, train_teacher
 
 from spotlighter_plugin import SpotlighterConfig, SpotlighterWrapper
 from spotlighter_plugin.hosts import adapter_for
@@ -23,12 +22,7 @@ hosts = pytest.mark.parametrize("host", list(OPTIONS))
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     """Options that name a PromptSRC teacher of another width."""
-    folder = tmp_path_factory.mktemp("teacher")
-    backbone = save_random_clip(folder / "teacher.safetensors", seed=3, embed=192, vision=192, text=128)
-    options = ["TRAINER.PROMPTSRC.PREC", "fp32", "OPTIM.MAX_EPOCH", 1, "TRAINER.PROMPTSRC.GPA_MEAN", 1]
-    make_trainer(folder, "PromptSRC", "promptsrc", *options, backbone=backbone).train()
-    checkpoint = str(folder / "out/VLPromptLearner/model.pth.tar-1")
-    return ["TRAINER.PROMPTKD.TEACHER_NAME", backbone, "TRAINER.PROMPTKD.TEACHER_CHECKPOINT", checkpoint]
+    return train_teacher(tmp_path_factory.mktemp("teacher"))
 
 
 def make(folder, host, teacher, *options, plugin=True):
