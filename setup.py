@@ -13,7 +13,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["spotlighter_plugin", "spotlighter_plugin.*"]),
-    package_data={"spotlighter_plugin": ["weights/*", "*.json"]},
+    package_data={"spotlighter_plugin": ["weights/*", "workbench/reports/*.json"]},
     install_requires=[
         "torch>=2.1",
         "torchvision>=0.16",

@@ -2,7 +2,7 @@
 
 import sys
 
-from spotlighter_plugin.training import main
+from spotlighter_plugin.workbench.training.train import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,7 +9,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from . import ablate, attach, bench, report, run_fork, sweep, visualize
+from .forks import attach
+from .forks import run as run_fork
+from .workbench.pictures import visualize
+from .workbench.reports import report
+from .workbench.speed import bench
+from .workbench.sweeps import ablate, sweep
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,7 +32,7 @@ def _commands():
 @app.command()
 def demo(root: str = "data", seed: int = 1):
     """CoOp with and without Spotlighter on the bundled pictures: one table, a few minutes on two cores."""
-    from .demo import run
+    from .workbench.demo import run
 
     run(root, seed)
 
@@ -68,7 +73,7 @@ def _dassl():
 
 def _bundled(name):
     def look():
-        from .backbones import load_clip
+        from .towers.clip import load_clip
 
         return f"{sum(p.numel() for p in load_clip(name).parameters()):,} parameters"
 
@@ -99,7 +104,7 @@ def main(argv=None):
     try:
         app(args=argv, prog_name="spotlighter")
     except Exception as error:
-        from .training import one_line
+        from .errors import one_line
 
         line = one_line(error)
         if line is None or os.environ.get("SPOTLIGHTER_DEBUG"):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+ROOT = Path(__file__).resolve().parent.parent  # trainers/, datasets/, configs/ and patches/ are below it
 RUNTIME = Path(__file__).with_name("runtime")
 _libraries = []  # torch.library.Library objects: a declaration lives as long as its object
 

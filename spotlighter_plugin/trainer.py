@@ -11,9 +11,9 @@ from dassl.optim import build_lr_scheduler, build_optimizer
 from dassl.utils import load_checkpoint
 from torch import nn
 
-from .backbones import encode_prompts, load_clip, mixed_precision
 from .config import from_cfg
-from .match import SAY
+from .method.match import SAY
+from .towers.clip import encode_prompts, load_clip, mixed_precision
 from .wrapper import SpotlighterWrapper
 
 

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import activation, losses
 from .config import SpotlighterConfig
 from .hosts import adapter_for
-from .mapping import build_mapping
-from .match import SHARPNESSES, ShotMemory, choose, describe, place_in_class, resemblance, unjudged, votes
-from .memory_bank import NamedClasses, SemanticMemoryBank, affinity
-from .token_stream import TokenStream, check_tower
+from .method import activation, losses
+from .method.mapping import build_mapping
+from .method.match import SHARPNESSES, ShotMemory, choose, describe, place_in_class, resemblance, unjudged, votes
+from .method.memory import NamedClasses, SemanticMemoryBank, affinity
+from .method.token_stream import TokenStream, check_tower
 
 
 class Plugin(nn.Module):

@@ -11,7 +11,7 @@ from dassl.modeling import BACKBONE_REGISTRY, Backbone
 from dassl.optim import build_lr_scheduler, build_optimizer
 from PIL import Image
 
-from spotlighter_plugin.training import run
+from spotlighter_plugin.workbench.training.train import run
 
 CLASSES = ("red", "green", "blue")
 PER_CLASS = 8

@@ -3,7 +3,7 @@
 import torch
 from clip.model import CLIP
 
-from spotlighter_plugin.backbones import save_compact, tokenize
+from spotlighter_plugin.towers.clip import save_compact, tokenize
 
 CLASS_NAMES = ["red", "green", "blue", "yellow", "dark grey", "sea shell"]
 SIZE = 32  # pixels: 16 patches of 8

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from method_kit import N_TOKENS, WIDTH
 from random_clips import random_clip
 
-from spotlighter_plugin.activation import (
+from spotlighter_plugin.method.activation import (
     attention_score,
     contribution_score,
     image_keys,

@@ -14,8 +14,8 @@ import pytest
 import torch
 from fork_kit import FORKS, UPSTREAM
 
-from spotlighter_plugin import attach
-from spotlighter_plugin.attach import ROOT
+from spotlighter_plugin.forks import attach
+from spotlighter_plugin.forks.attach import ROOT
 
 MODULES = {"CoOp": "coop", "MaPLe": "maple", "PromptKD": "promptkd", "CLIPFit": "ClipFit"}
 TRAIN = """import torch
@@ -318,7 +318,7 @@ def test_run_and_attach_give_the_fork_our_trainer_and_its_options_on_a_cpu(tmp_p
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    assert out("-m", "spotlighter_plugin.run_fork") == expected
+    assert out("-m", "spotlighter_plugin.forks.run") == expected
     assert contents(folder) == before
     run(capsys, folder)
     assert out() == expected

@@ -6,8 +6,8 @@ from clip.model import CLIP
 from random_clips import random_clip
 from safetensors.torch import save_file
 
-from spotlighter_plugin import backbones
-from spotlighter_plugin.backbones import (
+from spotlighter_plugin.towers import clip as backbones
+from spotlighter_plugin.towers.clip import (
     apply_precision,
     encode_prompts,
     encode_tokens,
@@ -16,7 +16,7 @@ from spotlighter_plugin.backbones import (
     save_compact,
     tokenize,
 )
-from spotlighter_plugin.prompting import normalize
+from spotlighter_plugin.towers.prompts import normalize
 
 TEXTS = ["a photo of a dog.", "red", "a very long sentence about many different small things in one picture."]
 

@@ -6,10 +6,11 @@ import time
 import pytest
 import torch
 
-from spotlighter_plugin import bench, cli
+from spotlighter_plugin import cli
 from spotlighter_plugin import wrapper as wrapper_module
-from spotlighter_plugin.bench_hosts import build_host, logits_of, shape_of, text_owner, upstream_logits
-from spotlighter_plugin.stopwatch import alternate, operations, peak_memory, seconds, stages
+from spotlighter_plugin.workbench.speed import bench
+from spotlighter_plugin.workbench.speed.bench_hosts import build_host, logits_of, shape_of, text_owner, upstream_logits
+from spotlighter_plugin.workbench.speed.stopwatch import alternate, operations, peak_memory, seconds, stages
 
 CPU = torch.device("cpu")
 SMALL = "image=32,patch=8,width=64,layers=3,dim=64,text_width=64,text_layers=2"

@@ -7,9 +7,11 @@ import torch
 from hosts_kit import batch_of, make_trainer, train_teacher
 from random_clips import CLASS_NAMES, SIZE, random_clip
 
-from spotlighter_plugin import SpotlighterConfig, SpotlighterWrapper, bench, match
-from spotlighter_plugin.backbones import apply_precision
-from spotlighter_plugin.cached import CachedTower, HiddenStates
+from spotlighter_plugin import SpotlighterConfig, SpotlighterWrapper
+from spotlighter_plugin.method import match
+from spotlighter_plugin.towers.clip import apply_precision
+from spotlighter_plugin.workbench.speed import bench
+from spotlighter_plugin.workbench.training.cached import CachedTower, HiddenStates
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DEVICE = "cuda"

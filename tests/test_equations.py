@@ -7,10 +7,10 @@ import torch
 from method_kit import HEADS, N_TOKENS, some_images, train_a_little, wrap
 from random_clips import random_clip
 
-from spotlighter_plugin import activation, losses
 from spotlighter_plugin.config import SpotlighterConfig
-from spotlighter_plugin.mapping import FactoredText, LinearTRM, build_mapping, match_texts
-from spotlighter_plugin.memory_bank import SemanticMemoryBank, affinity, assign
+from spotlighter_plugin.method import activation, losses
+from spotlighter_plugin.method.mapping import FactoredText, LinearTRM, build_mapping, match_texts
+from spotlighter_plugin.method.memory import SemanticMemoryBank, affinity, assign
 
 B, C, P, K, D, W = 3, 5, 3, 4, 64, 128
 SCALE = 8.0

@@ -8,8 +8,8 @@ import pytest
 import torch
 from scenes_kit import fewer_scenes
 
-from spotlighter_plugin.cached import HiddenStates
-from spotlighter_plugin.experiment import Laboratory, Method, Outcome, harmonic_mean, paired_interval
+from spotlighter_plugin.workbench.training.cached import HiddenStates
+from spotlighter_plugin.workbench.training.experiment import Laboratory, Method, Outcome, harmonic_mean, paired_interval
 
 DATASET = "configs/datasets/emoji_scenes.yaml"
 SHORT = {
@@ -75,7 +75,7 @@ def test_the_same_seed_gives_the_same_experiment_twice(tmp_path, few_scenes):
 
 
 def test_states_of_augmented_images_are_refused_in_one_line():
-    from spotlighter_plugin.settings import import_trainers_and_datasets, parse, setup_cfg
+    from spotlighter_plugin.workbench.training.settings import import_trainers_and_datasets, parse, setup_cfg
 
     flags = ["--trainer", "CoOp", "--dataset-config-file", DATASET, "--transforms", "random_flip", "normalize"]
     with pytest.raises(ValueError, match="INPUT.TRANSFORMS.*cannot be kept"):

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from hosts_kit import batch_of, losses_over, make_trainer
 from random_clips import CLASS_NAMES
 
-from spotlighter_plugin.backbones import encode_prompts, load_clip
-from spotlighter_plugin.prompting import normalize
+from spotlighter_plugin.towers.clip import encode_prompts, load_clip
+from spotlighter_plugin.towers.prompts import normalize
 
 
 def clipfit(folder, *options):

@@ -5,8 +5,8 @@ import torch
 from hosts_kit import batch_of, losses_over, make_trainer
 from random_clips import CLASS_NAMES, random_clip
 
-from spotlighter_plugin.backbones import encode_prompts, load_clip, tokenize
-from spotlighter_plugin.prompting import PromptLearner, normalize
+from spotlighter_plugin.towers.clip import encode_prompts, load_clip, tokenize
+from spotlighter_plugin.towers.prompts import PromptLearner, normalize
 
 
 def coop(folder, *options):

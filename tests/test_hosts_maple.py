@@ -5,8 +5,8 @@ import torch
 from hosts_kit import batch_of, losses_over, make_trainer
 from random_clips import random_clip
 
-from spotlighter_plugin.backbones import tokenize
-from spotlighter_plugin.deep_prompts import DeepPrompts
+from spotlighter_plugin.towers.clip import tokenize
+from spotlighter_plugin.towers.deep_prompts import DeepPrompts
 
 FP32 = ("TRAINER.MAPLE.PREC", "fp32")
 

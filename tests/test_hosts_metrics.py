@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from scenes_kit import fewer_scenes
 
-from spotlighter_plugin.experiment import Laboratory, Method
+from spotlighter_plugin.workbench.training.experiment import Laboratory, Method
 
 SHORT = {
     "DATASET.NUM_SHOTS": 4, "OPTIM.MAX_EPOCH": 2, "OPTIM.WARMUP_EPOCH": 0, "DATALOADER.TRAIN_X.BATCH_SIZE": 8,

@@ -4,8 +4,8 @@ import pytest
 import torch
 from hosts_kit import batch_of, losses_over, make_trainer
 
-from spotlighter_plugin.backbones import load_clip, tokenize
-from spotlighter_plugin.prompting import normalize
+from spotlighter_plugin.towers.clip import load_clip, tokenize
+from spotlighter_plugin.towers.prompts import normalize
 from trainers.promptsrc import ENSEMBLE, gaussian_weights
 
 OPTIONS = ("TRAINER.PROMPTSRC.PREC", "fp32", "TRAINER.PROMPTSRC.GPA_MEAN", 1, "OPTIM.LR", 0.01)

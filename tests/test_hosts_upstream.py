@@ -15,7 +15,7 @@ from dassl.config import get_cfg_default
 from upstream_settings import CLASS_NAMES, settings
 from yacs.config import CfgNode
 
-from spotlighter_plugin.backbones import load_clip
+from spotlighter_plugin.towers.clip import load_clip
 from trainers import clipfit, coop, maple, promptkd, promptsrc
 from trainers.host import load_weights
 

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from spotlighter_plugin import losses
+from spotlighter_plugin.method import losses
 
 
 def units(*shape):

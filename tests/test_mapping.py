@@ -11,7 +11,7 @@ from random_clips import random_clip
 
 from spotlighter_plugin.config import SpotlighterConfig
 from spotlighter_plugin.hosts.base import HostAdapter
-from spotlighter_plugin.mapping import DenseText, FactoredText, build_mapping
+from spotlighter_plugin.method.mapping import DenseText, FactoredText, build_mapping
 from spotlighter_plugin.wrapper import SpotlighterWrapper
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spotlighter_plugin import match
+from spotlighter_plugin.method import match
 
 NAMES, M, W = ["ant", "bee", "cat", "doe", "elk"], 3, 4
 ROWS = torch.tensor([3, 0, 0, 1, 3, 0, 4])  # nothing of "cat"

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spotlighter_plugin.memory_bank import SemanticMemoryBank, affinity, assign
+from spotlighter_plugin.method.memory import SemanticMemoryBank, affinity, assign
 
 W = 5
 

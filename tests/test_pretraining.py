@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import pretrain_text_tower as tool  # noqa: E402
 
 from datasets import emoji_render  # noqa: E402
-from spotlighter_plugin.backbones import BUNDLED, load_clip  # noqa: E402
+from spotlighter_plugin.towers.clip import BUNDLED, load_clip  # noqa: E402
 
 
 @pytest.fixture

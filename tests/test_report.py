@@ -9,11 +9,20 @@ import statistics
 import pytest
 
 from spotlighter_plugin import cli
-from spotlighter_plugin.ablate import ABLATIONS
-from spotlighter_plugin.plan import HERE, PROTOCOLS
-from spotlighter_plugin.report import NUMBERS, PAPER, as_csv, as_latex, as_markdown, as_text, make_tables, read_benches
-from spotlighter_plugin.results import find_results
-from spotlighter_plugin.runs import progress, read_run, same
+from spotlighter_plugin.workbench.reports.report import (
+    NUMBERS,
+    PAPER,
+    as_csv,
+    as_latex,
+    as_markdown,
+    as_text,
+    make_tables,
+    read_benches,
+)
+from spotlighter_plugin.workbench.reports.results import find_results
+from spotlighter_plugin.workbench.sweeps.ablate import ABLATIONS
+from spotlighter_plugin.workbench.sweeps.plan import HERE, PROTOCOLS
+from spotlighter_plugin.workbench.training.runs import progress, read_run, same
 
 HEAD = """***************
 ** Arguments **

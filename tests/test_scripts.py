@@ -9,8 +9,8 @@ import sys
 import fake_home
 import pytest
 
-from spotlighter_plugin.plan import Plan
-from spotlighter_plugin.runs import read_run
+from spotlighter_plugin.workbench.sweeps.plan import Plan
+from spotlighter_plugin.workbench.training.runs import read_run
 
 SCRIPTS = pathlib.Path(__file__).parents[1] / "scripts"
 

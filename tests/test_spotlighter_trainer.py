@@ -115,7 +115,7 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does_bank_included(tmp_p
 
 
 def test_the_hand_written_prompts_of_the_frozen_clip_are_the_reference_of_the_text_losses(tmp_path, options):
-    from spotlighter_plugin.backbones import encode_prompts, load_clip
+    from spotlighter_plugin.towers.clip import encode_prompts, load_clip
 
     trainer = spotlighter(tmp_path, options)
     trainer.train()

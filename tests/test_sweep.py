@@ -19,15 +19,16 @@ from rich.console import Console
 from yacs.config import CfgNode
 
 from datasets import emoji_render, emoji_scenes
-from spotlighter_plugin import cli, launch
-from spotlighter_plugin.ablate import ABLATIONS, Ablation
+from spotlighter_plugin import cli
 from spotlighter_plugin.config import extend_cfg, from_cfg
-from spotlighter_plugin.curves import read_points
-from spotlighter_plugin.plan import ELEVEN, EMOJI, VARIANTS, Plan
-from spotlighter_plugin.report import as_csv, make_tables
-from spotlighter_plugin.results import find_results
-from spotlighter_plugin.runs import progress, read_run
-from spotlighter_plugin.sweep import sweep
+from spotlighter_plugin.workbench.pictures.curves import read_points
+from spotlighter_plugin.workbench.reports.report import as_csv, make_tables
+from spotlighter_plugin.workbench.reports.results import find_results
+from spotlighter_plugin.workbench.sweeps import launch
+from spotlighter_plugin.workbench.sweeps.ablate import ABLATIONS, Ablation
+from spotlighter_plugin.workbench.sweeps.plan import ELEVEN, EMOJI, VARIANTS, Plan
+from spotlighter_plugin.workbench.sweeps.sweep import sweep
+from spotlighter_plugin.workbench.training.runs import progress, read_run
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -9,7 +9,7 @@ from method_kit import BLOCKS, N_TOKENS, WIDTH, some_images
 from random_clips import random_clip
 from torch import nn
 
-from spotlighter_plugin.token_stream import TokenStream, check_tower
+from spotlighter_plugin.method.token_stream import TokenStream, check_tower
 
 
 class ListBlock(nn.Module):

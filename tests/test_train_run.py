@@ -9,7 +9,7 @@ import pytest
 import torch
 from dassl_kit import CLASSES, PER_CLASS, Linear, draw_squares, squares_args, train_squares, weights
 
-from spotlighter_plugin.training import main, run
+from spotlighter_plugin.workbench.training.train import main, run
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from spotlighter_plugin import settings, training
+from spotlighter_plugin.workbench.training import settings
+from spotlighter_plugin.workbench.training import train as training
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINER_FILES = sorted((ROOT / "configs" / "trainers").glob("*/*.yaml"))

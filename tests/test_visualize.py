@@ -10,9 +10,11 @@ from method_kit import some_images, wrap
 from PIL import Image
 from random_clips import CLASS_NAMES, save_random_clip
 
-from spotlighter_plugin import cli, figures, training, visualize
-from spotlighter_plugin.curves import read_points
-from spotlighter_plugin.report import Cell, Table, as_csv
+from spotlighter_plugin import cli
+from spotlighter_plugin.workbench.pictures import figures, visualize
+from spotlighter_plugin.workbench.pictures.curves import read_points
+from spotlighter_plugin.workbench.reports.report import Cell, Table, as_csv
+from spotlighter_plugin.workbench.training import train as training
 
 
 @pytest.fixture

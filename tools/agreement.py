@@ -16,8 +16,8 @@ from evidence import S
 from rich.console import Console
 from rich.table import Table
 
-from spotlighter_plugin.bench import Setting, arithmetic_limit
-from spotlighter_plugin.experiment import FAMILY, Laboratory, Method
+from spotlighter_plugin.workbench.speed.bench import Setting, arithmetic_limit
+from spotlighter_plugin.workbench.training.experiment import FAMILY, Laboratory, Method
 
 HALVES = ("inner-base", "inner-new")
 OPTIONS = {S + "LOSSES": "()", S + "PROTOTYPE_LOGITS": False, "TRAINER.COOP.PREC": "fp32", "DATALOADER.NUM_WORKERS": 0}

@@ -6,8 +6,8 @@ from dassl.engine import TRAINER_REGISTRY
 from torch import nn
 
 from spotlighter_plugin.hosts.promptkd import classes_of_split
-from spotlighter_plugin.losses import text_regularisation
-from spotlighter_plugin.prompting import normalize
+from spotlighter_plugin.method.losses import text_regularisation
+from spotlighter_plugin.towers.prompts import normalize
 from spotlighter_plugin.trainer import hand_written_texts
 from trainers.clipfit import CLIPFit
 from trainers.clipfit_spotlighter import CLIPFitSpotlighter

@@ -23,7 +23,7 @@ from rich.console import Console  # noqa: E402
 from rich.progress import track  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from spotlighter_plugin.experiment import FAMILY, Laboratory, Method, Outcome, paired_interval  # noqa: E402
+from spotlighter_plugin.workbench.training.experiment import FAMILY, Laboratory, Method, Outcome, paired_interval  # noqa: E402
 
 COMMON = {
     "OPTIM.NAME": "sgd", "OPTIM.LR_SCHEDULER": "cosine", "OPTIM.WARMUP_EPOCH": 1, "OPTIM.WARMUP_TYPE": "constant",

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from spotlighter_plugin.backbones import cpu_has_bfloat16
+from spotlighter_plugin.towers.clip import cpu_has_bfloat16
 
 THIN = 5  # scenes of a class take turns between two vendors: an even number would see one of them alone
 RATE, EPOCHS, TOWER = "OPTIM.LR", "OPTIM.MAX_EPOCH", "MODEL.BACKBONE.NAME"

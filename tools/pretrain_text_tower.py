@@ -23,7 +23,7 @@ from rich.progress import track
 
 import clip.model  # isort: skip  (after the project's fixes, which pretrain_tiny_clip imports)
 from datasets.emoji_render import DOMAINS, concepts, render_scene
-from spotlighter_plugin.backbones import load_clip, save_compact
+from spotlighter_plugin.towers.clip import load_clip, save_compact
 
 NORMAL = 0.3  # share of the scenes that no domain distorts
 CHUNK = 64

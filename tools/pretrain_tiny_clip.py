@@ -253,7 +253,7 @@ def main():
     import clip.model
     from rich.progress import Progress, TimeRemainingColumn
 
-    from spotlighter_plugin.backbones import load_clip, save_compact
+    from spotlighter_plugin.towers.clip import load_clip, save_compact
 
     torch.manual_seed(args.seed)
     names = concepts(args.sprites)

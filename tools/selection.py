@@ -25,7 +25,7 @@ from rich.table import Table  # noqa: E402
 
 from spotlighter_plugin import SpotlighterConfig, SpotlighterWrapper  # noqa: E402
 from spotlighter_plugin.config import ACTIVATIONS  # noqa: E402
-from spotlighter_plugin.experiment import FAMILY, Laboratory, Method, harmonic_mean  # noqa: E402
+from spotlighter_plugin.workbench.training.experiment import FAMILY, Laboratory, Method, harmonic_mean  # noqa: E402
 
 ZERO_SHOT = Method("zero-shot CLIP", "ZeroshotCLIP")
 

@@ -21,8 +21,8 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from spotlighter_plugin import SpotlighterConfig, SpotlighterWrapper  # noqa: E402
-from spotlighter_plugin.backbones import load_clip  # noqa: E402
-from spotlighter_plugin.settings import import_trainers_and_datasets, parse, setup_cfg  # noqa: E402
+from spotlighter_plugin.towers.clip import load_clip  # noqa: E402
+from spotlighter_plugin.workbench.training.settings import import_trainers_and_datasets, parse, setup_cfg  # noqa: E402
 
 SLACKS = (0.0, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05)
 OWN, OTHER = "twemoji", "noto-v1"

@@ -27,10 +27,10 @@ from rich.table import Table  # noqa: E402
 from selection import accuracy  # noqa: E402
 
 from spotlighter_plugin import SpotlighterConfig, SpotlighterWrapper  # noqa: E402
-from spotlighter_plugin.bench import Bench, swept  # noqa: E402
-from spotlighter_plugin.bench_hosts import shape_of  # noqa: E402
 from spotlighter_plugin.config import PRESETS  # noqa: E402
-from spotlighter_plugin.experiment import (  # noqa: E402
+from spotlighter_plugin.workbench.speed.bench import Bench, swept  # noqa: E402
+from spotlighter_plugin.workbench.speed.bench_hosts import shape_of  # noqa: E402
+from spotlighter_plugin.workbench.training.experiment import (  # noqa: E402
     FAMILY,
     Laboratory,
     Method,

@@ -19,13 +19,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from hosts_evidence import plain_attention  # noqa: E402
 
 from spotlighter_plugin import SpotlighterConfig, SpotlighterWrapper  # noqa: E402
-from spotlighter_plugin.backbones import encode_prompts, load_clip  # noqa: E402
-from spotlighter_plugin.experiment import harmonic_mean  # noqa: E402
 from spotlighter_plugin.hosts.promptkd import classes_of_split  # noqa: E402
-from spotlighter_plugin.match import SAY, unjudged  # noqa: E402
-from spotlighter_plugin.prompting import normalize  # noqa: E402
-from spotlighter_plugin.settings import import_trainers_and_datasets, parse, setup_cfg  # noqa: E402
+from spotlighter_plugin.method.match import SAY, unjudged  # noqa: E402
+from spotlighter_plugin.towers.clip import encode_prompts, load_clip  # noqa: E402
+from spotlighter_plugin.towers.prompts import normalize  # noqa: E402
 from spotlighter_plugin.trainer import _every_second  # noqa: E402
+from spotlighter_plugin.workbench.training.experiment import harmonic_mean  # noqa: E402
+from spotlighter_plugin.workbench.training.settings import import_trainers_and_datasets, parse, setup_cfg  # noqa: E402
 
 SHARES = (0, 0.125, 0.25, 0.5, 1, 2)
 SHARPNESSES = (3.0, 6.0, 10.0)

@@ -9,8 +9,8 @@ from torch import nn
 from yacs.config import CfgNode
 
 from datasets.templates import PLAIN, TEMPLATES
-from spotlighter_plugin.backbones import tokenize
-from spotlighter_plugin.prompting import CLIPClassifier, TextEncoder, normalize
+from spotlighter_plugin.towers.clip import tokenize
+from spotlighter_plugin.towers.prompts import CLIPClassifier, TextEncoder, normalize
 
 from .host import HostTrainer
 

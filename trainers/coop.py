@@ -5,7 +5,7 @@ from dassl.engine import TRAINER_REGISTRY
 from dassl.metrics import compute_accuracy
 from yacs.config import CfgNode
 
-from spotlighter_plugin.prompting import PromptedCLIP, PromptLearner
+from spotlighter_plugin.towers.prompts import PromptedCLIP, PromptLearner
 
 from .host import HostTrainer
 

@@ -9,7 +9,7 @@ from dassl.engine import TrainerX
 from dassl.optim import build_lr_scheduler, build_optimizer
 from dassl.utils import load_checkpoint, load_pretrained_weights
 
-from spotlighter_plugin.backbones import (
+from spotlighter_plugin.towers.clip import (
     PRECISIONS,
     apply_precision,
     load_clip,

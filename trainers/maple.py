@@ -6,8 +6,8 @@ from dassl.metrics import compute_accuracy
 from torch import nn, randn
 from yacs.config import CfgNode
 
-from spotlighter_plugin.deep_prompts import DeepPrompts, checked_depth
-from spotlighter_plugin.prompting import PromptedCLIP, PromptLearner
+from spotlighter_plugin.towers.deep_prompts import DeepPrompts, checked_depth
+from spotlighter_plugin.towers.prompts import PromptedCLIP, PromptLearner
 
 from .host import HostTrainer
 

@@ -12,10 +12,10 @@ from dassl.utils import load_checkpoint
 from torch import nn
 from yacs.config import CfgNode
 
-from spotlighter_plugin.backbones import require_vision_transformer
-from spotlighter_plugin.deep_prompts import checked_depth, own_vision_prompts
 from spotlighter_plugin.hosts.promptkd import classes_of_split, distillation_loss
-from spotlighter_plugin.prompting import CLIPClassifier
+from spotlighter_plugin.towers.clip import require_vision_transformer
+from spotlighter_plugin.towers.deep_prompts import checked_depth, own_vision_prompts
+from spotlighter_plugin.towers.prompts import CLIPClassifier
 
 from . import promptsrc
 from .host import HostTrainer, load_backbone, load_weights

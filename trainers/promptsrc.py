@@ -12,9 +12,9 @@ from dassl.metrics import compute_accuracy
 from torch import nn
 from yacs.config import CfgNode
 
-from spotlighter_plugin.backbones import encode_tokens, tokenize
-from spotlighter_plugin.deep_prompts import checked_depth, own_text_prompts, own_vision_prompts
-from spotlighter_plugin.prompting import PromptedCLIP, PromptLearner, normalize
+from spotlighter_plugin.towers.clip import encode_tokens, tokenize
+from spotlighter_plugin.towers.deep_prompts import checked_depth, own_text_prompts, own_vision_prompts
+from spotlighter_plugin.towers.prompts import PromptedCLIP, PromptLearner, normalize
 
 from .host import HostTrainer
 

@@ -3,8 +3,8 @@
 from dassl.engine import TRAINER_REGISTRY, TrainerX
 
 from datasets.templates import PLAIN, TEMPLATES
-from spotlighter_plugin.backbones import encode_prompts
-from spotlighter_plugin.prompting import normalize
+from spotlighter_plugin.towers.clip import encode_prompts
+from spotlighter_plugin.towers.prompts import normalize
 
 from .host import load_backbone
 

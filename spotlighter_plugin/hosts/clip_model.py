@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from ..backbones import tokenize
+from ..towers.clip import tokenize
 from .base import HostAdapter
 
 

@@ -17,10 +17,10 @@ import torch
 from clip import clip as openai_clip
 from clip.model import CLIP, VisionTransformer, convert_weights
 
-from .compat import openai_clip_model
+from ..compat import openai_clip_model
 
 build_model = openai_clip_model().build_model
-WEIGHTS = Path(__file__).parent / "weights"
+WEIGHTS = Path(__file__).parents[1] / "weights"
 BUNDLED = {"micro": WEIGHTS / "micro_clip.safetensors", "tiny": WEIGHTS / "tiny_clip.safetensors"}  # 128 and 192 wide
 PRECISIONS = ("fp16", "fp32", "amp")
 TEXT_CHUNK = 256  # classes that go through the text tower at once when no gradient is kept

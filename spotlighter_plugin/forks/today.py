@@ -1,14 +1,14 @@
 """What the forks of CoOp, MaPLe, PromptKD and CLIPFit need to run on today's PyTorch, on top of compat.py.
 
-`import spotlighter_plugin.forks`, before Dassl is imported, applies it. It acts on the whole process: for a fork's
-train.py, not for a program that has a use of its own for `.cuda()`.
+Importing it, before Dassl is imported, applies it. It acts on the whole process: for a fork's train.py, not for a
+program that has a use of its own for `.cuda()`.
 """
 
 import warnings
 
 import torch
 
-from . import compat
+from .. import compat
 
 
 @compat.once

@@ -12,11 +12,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .backbones import BUNDLED
+from ...towers.clip import BUNDLED
+from ..reports.report import FORMATS, PAPER, Accuracies, Table, base2new_average, datasets_of
+from ..reports.results import find_results
 from .launch import LAUNCHERS
 from .plan import EMOJI, HERE, Plan
-from .report import FORMATS, PAPER, Accuracies, Table, base2new_average, datasets_of
-from .results import find_results
 from .sweep import sweep
 
 KEY = "TRAINER.SPOTLIGHTER."

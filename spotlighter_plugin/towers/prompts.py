@@ -9,7 +9,7 @@ from clip.clip import _tokenizer
 from clip.model import CLIP
 from torch import nn
 
-from .backbones import encode_tokens, tokenize
+from .clip import encode_tokens, tokenize
 
 POSITIONS = ("end", "middle", "front")
 

@@ -5,7 +5,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .runs import RunLog, read_run, same
+from ..training.runs import RunLog, read_run, same
 
 # Settings in which runs of one cell may differ.
 FREE = (

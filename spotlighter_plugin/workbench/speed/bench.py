@@ -18,12 +18,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from .backbones import BUNDLED
+from ...config import PRESETS, SpotlighterConfig
+from ...towers.clip import BUNDLED
+from ...towers.prompts import normalize
+from ...wrapper import SpotlighterWrapper
 from .bench_hosts import DTYPES, HOSTS, SHAPES, build_host, logits_of, shape_of, upstream_logits
-from .config import PRESETS, SpotlighterConfig
-from .prompting import normalize
 from .stopwatch import OUTSIDE, STAGES, alternate, operations, peak_memory, stages
-from .wrapper import SpotlighterWrapper
 
 SWEPT = {"preset": str, "select_block": int, "top_k": int}
 TEACHER = "ViT-L/14"
@@ -260,7 +260,7 @@ def write_json(records: list[dict], path: Path) -> None:
 
 def plot(records: list[dict], path: Path) -> None:
     """Images/s against kept tokens, a line per block, with the host on cached text; PNG, SVG or PDF by the name."""
-    from .figures import figure
+    from ..pictures.figures import figure
 
     with figure(path, 6, 4) as axes:
         for block in sorted({record["select_block"] for record in records}):
@@ -360,7 +360,7 @@ def command(
     if plot_file is not None:
         if train:
             raise ValueError("--plot shows images/s: leave out --train")
-        from .figures import check_path
+        from ..pictures.figures import check_path
 
         check_path("--plot", plot_file)
     bench, errors = Bench(settings), Console(stderr=True)

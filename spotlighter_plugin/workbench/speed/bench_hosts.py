@@ -8,9 +8,9 @@ import torch
 from clip.model import CLIP
 from torch import nn
 
-from .backbones import apply_precision
-from .prompting import normalize
-from .settings import import_trainers_and_datasets
+from ...towers.clip import apply_precision
+from ...towers.prompts import normalize
+from ..training.settings import import_trainers_and_datasets
 
 HOSTS = ("coop", "maple", "promptkd", "clipfit")
 DTYPES = ("fp32", "fp16", "bf16")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .memory_bank import NamedClasses
+from .memory import NamedClasses
 
 CLS_SHARE = 0.5  # length of CLS beside a token of length 1
 RIDGE = 0.03  # of the mean variance within classes, added to every direction's own

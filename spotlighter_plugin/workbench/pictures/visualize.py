@@ -11,12 +11,12 @@ import typer
 from clip.clip import _transform as clip_transform
 from PIL import Image
 
-from .backbones import load_clip, require_vision_transformer
-from .config import PRESETS, SpotlighterConfig
+from ...config import PRESETS, SpotlighterConfig
+from ...towers.clip import load_clip, require_vision_transformer
+from ...wrapper import SpotlighterWrapper
+from ..training.settings import import_trainers_and_datasets, parse, setup_cfg
 from .curves import draw_curves, read_points
 from .figures import check_path, figure
-from .settings import import_trainers_and_datasets, parse, setup_cfg
-from .wrapper import SpotlighterWrapper
 
 app = typer.Typer(no_args_is_help=True, help="Pictures: lit tokens, embeddings, curves.")
 LEVELS = ("#ffd21f", "#35a7ff")  # outlines of level 1 and level 2
@@ -39,7 +39,7 @@ def load_run(folder: Path, epoch: int | None = None, root: Path | None = None):
     """
     from yacs.config import CfgNode
 
-    from .runtime.dassl.engine.checkpoints import saved_epochs
+    from ...runtime.dassl.engine.checkpoints import saved_epochs
 
     note = Path(folder, "config.yaml")
     if not note.is_file():

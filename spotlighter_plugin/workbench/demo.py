@@ -10,8 +10,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from .experiment import Laboratory, Method
-from .stopwatch import alternate
+from .speed.stopwatch import alternate
+from .training.experiment import Laboratory, Method
 
 DATASET = "configs/datasets/emoji_scenes.yaml"
 BUDGET = {

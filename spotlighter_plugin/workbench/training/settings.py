@@ -11,7 +11,8 @@ from pathlib import Path
 import yaml
 from yacs.config import CfgNode
 
-ROOT = Path(__file__).resolve().parent.parent
+from ...compat import ROOT
+
 DEFAULT_SEED = 1
 DEFAULT_BACKBONE = "ViT-B/16"
 CLIP_INPUT = {
@@ -65,7 +66,7 @@ def setup_cfg(args, modules=()):
     """Defaults, then the data set's file, the trainer's file, the flags, the trailing options; checked and frozen."""
     from dassl.config import get_cfg_default
 
-    from .config import extend_cfg
+    from ...config import extend_cfg
 
     cfg = get_cfg_default()
     cfg.DATASET.SUBSAMPLE_CLASSES = "all"

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from typer.core import TyperCommand
 
+from ..training.runs import progress
 from .launch import LAUNCHERS
 from .plan import GROUPS, HERE, PROTOCOLS, Plan
-from .runs import progress
 
 
 def sweep(plan, jobs=1, launcher="here", console=None):

@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from .settings import ROOT
+from ..compat import ROOT
 
 _HUNK = re.compile(r"@@ .+ @@ (before the first|after the first|after the last) line that matches (.+)")
 _REGISTERED = re.compile(r"^@TRAINER_REGISTRY\.register\(\)\s*^class\s+(\w+)", re.M)

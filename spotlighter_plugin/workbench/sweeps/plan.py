@@ -7,9 +7,9 @@ Folders are those of CoOp's scripts, so both sides' tools read them.
 from dataclasses import dataclass
 from pathlib import Path
 
-from .runs import read_run, same
+from ...compat import ROOT as HERE
+from ..training.runs import read_run, same
 
-HERE = Path(__file__).resolve().parent.parent
 ELEVEN = ["imagenet", "caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101", "fgvc_aircraft"]
 ELEVEN += ["sun397", "dtd", "eurosat", "ucf101"]
 VARIANTS = ["imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r"]

@@ -136,7 +136,7 @@ def launch_ray(chains, home, jobs):
 
 def launch_cached(chains, home, jobs):
     """In this process, one after the other, a data set's runs on the same hidden states: see `CachedRuns`."""
-    from .cached import CachedRuns
+    from ..training.cached import CachedRuns
     from .plan import HERE
 
     if jobs > 1 or Path(home).resolve() != HERE:

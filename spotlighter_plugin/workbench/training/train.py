@@ -7,15 +7,15 @@ mistake into one line on standard error and exit code 1.
 import os
 import sys
 import tempfile
-import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from yacs.config import CfgNode
 
-from .runtime.dassl.engine.checkpoints import saved_epochs
-from .runtime.dassl.utils import collect_env_info, set_random_seed, setup_logger
+from ...errors import one_line
+from ...runtime.dassl.engine.checkpoints import saved_epochs
+from ...runtime.dassl.utils import collect_env_info, set_random_seed, setup_logger
 from .settings import flat, import_trainers_and_datasets, parse, setup_cfg
 
 # Settings that a continued run may change without becoming another run.
@@ -65,20 +65,6 @@ def run(argv=None, build=None):
     with _log_to(cfg.OUTPUT_DIR):
         _print_header(args, cfg)
         return _train_or_test(args, cfg, build)
-
-
-def one_line(error):
-    """A user's mistake as one line; None for what looks like a bug, whose traceback is wanted."""
-    text = " ".join(str(error).split())
-    if isinstance(error, RuntimeError) and "loading state_dict" in text:
-        mismatch = next((line for line in str(error).splitlines() if "size mismatch" in line), None)
-        return f"the checkpoint does not fit the model: {' '.join((mismatch or text).split())}"
-    if isinstance(error, RuntimeError) and "out of memory" in text:
-        return f"{text[:120]}: lower DATALOADER.TRAIN_X.BATCH_SIZE or DATALOADER.TEST.BATCH_SIZE"
-    if isinstance(error, AssertionError) and not text:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        text = f"{Path(frame.filename).name}:{frame.lineno} requires {frame.line.removeprefix('assert ')}"
-    return text if isinstance(error, (ValueError, OSError, FloatingPointError, AssertionError)) else None
 
 
 # -- the output folder -----------------------------------------------------------------------------------------

@@ -17,11 +17,11 @@ from dassl.utils import read_image
 from rich.progress import track
 from torch import Tensor, nn
 
-from . import training
-from .backbones import load_clip
-from .config import from_cfg
-from .trainer import SpotlighterTrainerMixin
-from .wrapper import SpotlighterWrapper
+from ...config import from_cfg
+from ...towers.clip import load_clip
+from ...trainer import SpotlighterTrainerMixin
+from ...wrapper import SpotlighterWrapper
+from . import train as training
 
 
 class HiddenStates:

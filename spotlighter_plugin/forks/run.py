@@ -1,6 +1,6 @@
 """`spotlighter run -- train.py …`: a fork's own train.py, with Spotlighter's trainer registered, and no file changed.
 
-What `attach` writes into the fork happens in this process instead: the fixes of forks.py before Dassl is imported, the
+What `attach` writes into the fork happens in this process instead: the fixes of today.py before Dassl is imported, the
 options of TRAINER.SPOTLIGHTER in every configuration that Dassl makes, our trainer after the host's.
 """
 
@@ -15,9 +15,9 @@ from typing import Annotated
 
 import typer
 
+from ..compat import ROOT
+from ..errors import one_line
 from .attach import Host, recognise
-from .settings import ROOT
-from .training import one_line
 
 
 def run_fork(argv: list[str]) -> None:
@@ -32,7 +32,7 @@ def run_fork(argv: list[str]) -> None:
     host, module = recognise(script.parent)
     sys.argv = argv
     sys.path.insert(0, str(script.parent.resolve()))  # the fork's own clip, datasets and trainers come first
-    from . import forks  # noqa: F401
+    from . import today  # noqa: F401
 
     _add_options()
     importlib.import_module(module)  # registers the host
@@ -44,7 +44,7 @@ def _add_options():
     """Let dassl.config.get_cfg_default, which train.py imports, give TRAINER.SPOTLIGHTER, too."""
     from dassl import config as dassl_config
 
-    from .config import extend_cfg
+    from ..config import extend_cfg
 
     original = dassl_config.get_cfg_default
 

@@ -1,0 +1,1 @@
+"""CLIP by name or file, and the prompts of the hosts."""

@@ -1,0 +1,1 @@
+"""The bench on which the plug-in is measured: training, sweeps, reports, speed, pictures, the demo."""

@@ -1,0 +1,1 @@
+"""Lit tokens, embeddings and curves."""

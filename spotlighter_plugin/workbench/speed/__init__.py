@@ -1,0 +1,1 @@
+"""Images a second, operations and memory, with and without the plug-in."""

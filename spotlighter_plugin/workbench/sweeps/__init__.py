@@ -1,0 +1,1 @@
+"""Many runs: what is planned, who runs them, and the paper's ablations."""

@@ -1,0 +1,1 @@
+"""What train.py does: settings, one run, its log, and experiments in one process."""
