@@ -1,4 +1,4 @@
-"""The command `spotlighter`: each command imports what it needs when it is called."""
+"""The command `spotlighter`: what a command needs is imported when it is called."""
 
 import importlib
 import os
@@ -8,15 +8,37 @@ import sys
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperCommand, TyperGroup
 
-from .forks import attach
-from .forks import run as run_fork
-from .workbench.pictures import visualize
-from .workbench.reports import report
-from .workbench.speed import bench
-from .workbench.sweeps import ablate, sweep
+COMMANDS = {  # name: the module whose `app` it is, what --help says
+    "sweep": ("workbench.sweeps.sweep", "Run a whole protocol: skip what is complete, resume what was killed."),
+    "ablate": ("workbench.sweeps.ablate", "Run one ablation of the paper and print its table."),
+    "report": ("workbench.reports.report", "The paper's tables over seeds, beside the paper's figures."),
+    "bench": ("workbench.speed.bench", "Time a host with and without Spotlighter, in turn, on random weights."),
+    "visualize": ("workbench.pictures.visualize", "Pictures: lit tokens, embeddings, curves."),
+    "attach": ("forks.attach", "Put Spotlighter into a fork: a trainer, its configuration, a few lines in train.py."),
+    "run": ("forks.run", "Run a fork's train.py with Spotlighter's trainer at hand, without a change to the fork."),
+}
+
+
+class Later(TyperCommand):
+    """A command whose module is imported when it is called, not when it is listed."""
+
+    def make_context(self, info_name, args, parent=None, **extra):
+        module = importlib.import_module(f".{COMMANDS[self.name][0]}", __package__)
+        return typer.main.get_command(module.app).make_context(info_name, args, parent, **extra)
+
+
+class Commands(TyperGroup):
+    """The commands of this file and, later, those of the others."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.commands |= {name: Later(name, help=text) for name, (_, text) in COMMANDS.items()}
+
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -79,14 +101,6 @@ def _bundled(name):
 
     return look
 
-
-app.command("sweep", cls=sweep.ListOptions)(sweep.command)
-app.command("ablate", cls=sweep.ListOptions)(ablate.command)
-app.command("report")(report.command)
-app.command("bench")(bench.command)
-app.add_typer(visualize.app, name="visualize")
-app.command("attach")(attach.command)
-app.command("run", context_settings={"ignore_unknown_options": True})(run_fork.command)
 
 CHECKS = {
     "python >= 3.10": platform.python_version,

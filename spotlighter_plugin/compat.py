@@ -1,18 +1,18 @@
 """What OpenAI's clip, torchvision and Dassl need to run on today's PyTorch, each fix with its reason.
 
-`import spotlighter_plugin` applies them all. Each is harmless where it is not needed and acts once.
+`import spotlighter_plugin` sees to them all, without importing torch: what mends a library waits until that library is
+imported. Each is harmless where it is not needed and acts once.
 """
 
 import functools
 import importlib
+import importlib.abc
 import importlib.util
 import inspect
 import sys
 import types
 import warnings
 from pathlib import Path
-
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent  # trainers/, datasets/, configs/ and patches/ are below it
 RUNTIME = Path(__file__).with_name("runtime")
@@ -21,16 +21,19 @@ _libraries = []  # torch.library.Library objects: a declaration lives as long as
 
 def apply():
     """Make clip, torchvision and Dassl importable, and give a real Dassl what ours has."""
-    declare_torchvision_operators()
     silence_clip_import()
     provide_dassl()
-    if real_dassl():
-        accept_verbose_in_lr_schedulers()
-        import_dassl_without_unused()
-        load_checkpoints_safely()
-        resume_exactly()
-        skip_unreadable_images()
-        name_classes_without_images()
+    mend_on_import()
+
+
+def mend_dassl():
+    """Give a real Dassl what ours has."""
+    accept_verbose_in_lr_schedulers()
+    import_dassl_without_unused()
+    load_checkpoints_safely()
+    resume_exactly()
+    skip_unreadable_images()
+    name_classes_without_images()
 
 
 def once(fix):
@@ -47,11 +50,47 @@ def once(fix):
 
 
 @once
+def mend_on_import():
+    """Declare torchvision's operators before it is executed, mend a real Dassl after; at once where it is already."""
+    if "torchvision" not in sys.modules:
+        sys.meta_path.insert(0, _Mended("torchvision", before=declare_torchvision_operators))
+    if "dassl" in sys.modules and real_dassl():
+        mend_dassl()
+    elif real_dassl():
+        sys.meta_path.insert(0, _Mended("dassl", after=mend_dassl))
+
+
+class _Mended(importlib.abc.MetaPathFinder):
+    """Finds one module where the other finders find it, and runs a fix before or after it is executed."""
+
+    def __init__(self, name, before=None, after=None):
+        self.name, self.before, self.after = name, before, after
+
+    def find_spec(self, name, path=None, target=None):
+        if name != self.name:
+            return None
+        others = (finder.find_spec(name, path, target) for finder in sys.meta_path if not isinstance(finder, _Mended))
+        spec = next(filter(None, others), None)
+        if spec is not None and spec.loader is not None:
+            spec.loader.exec_module = functools.partial(self._execute, spec.loader.exec_module)
+        return spec
+
+    def _execute(self, execute, module):
+        if self.before:
+            self.before()
+        execute(module)
+        if self.after:
+            self.after()
+
+
+@once
 def declare_torchvision_operators():
     """torchvision's wheel for CUDA beside a CPU-only torch cannot load its C++ operators; its Python part registers
     fake kernels for `nms` and `qnms` all the same and fails because nobody declared them. Declaring the two
     signatures lets it import; clip and Dassl use transforms only, which need no C++ operator."""
-    if importlib.util.find_spec("torchvision") is None or _torchvision_operators_load():
+    import torch
+
+    if _torchvision_operators_load():
         return
     for name in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, name):
@@ -62,8 +101,8 @@ def declare_torchvision_operators():
 
 def _torchvision_operators_load():
     """Whether torchvision's own extension loads with this torch (tried without importing torchvision)."""
-    if "torchvision" in sys.modules:
-        return True
+    import torch
+
     folder = Path(importlib.util.find_spec("torchvision").origin).parent
     for extension in [*folder.glob("_C*.so"), *folder.glob("_C*.pyd")]:
         try:
@@ -170,6 +209,8 @@ class _SilentWriter:
 @once
 def accept_verbose_in_lr_schedulers():
     """Dassl's warm-up schedulers pass `verbose` to LRScheduler, which no longer takes it since PyTorch 2.7."""
+    import torch
+
     original = torch.optim.lr_scheduler.LRScheduler.__init__
     if "verbose" in inspect.signature(original).parameters:
         return
@@ -200,6 +241,8 @@ def resume_exactly():
     """Dassl's checkpoints leave out the random-number state, so that a resumed run differs from an uninterrupted
     one, and hold the successor of a warm-up schedule as an object, which becomes plain values. Its load_model cannot
     print a checkpoint that was saved without a validation result, which all but model-best are."""
+    import torch
+
     from .runtime.dassl.engine import checkpoints
 
     base = importlib.import_module("dassl.engine.trainer").TrainerBase

@@ -244,6 +244,10 @@ def _discard(*groups: dict[Path, Path]) -> None:
             path.unlink(missing_ok=True)
 
 
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
 def command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="a checkout of CoOp, MaPLe, PromptKD or CLIPFit")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done, and do nothing")] = False,

@@ -68,6 +68,10 @@ def _import_trainer(host: Host):
     spec.loader.exec_module(module)
 
 
+app = typer.Typer(add_completion=False)
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
 def command(
     arguments: Annotated[list[str], typer.Argument(metavar="-- train.py …", help="the fork's script and its flags")],
 ):

@@ -18,7 +18,7 @@ from ..training.settings import import_trainers_and_datasets, parse, setup_cfg
 from .curves import draw_curves, read_points
 from .figures import check_path, figure
 
-app = typer.Typer(no_args_is_help=True, help="Pictures: lit tokens, embeddings, curves.")
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Pictures: lit tokens, embeddings, curves.")
 LEVELS = ("#ffd21f", "#35a7ff")  # outlines of level 1 and level 2
 COLUMNS = 6  # images in a row
 BATCH = 64  # images at once

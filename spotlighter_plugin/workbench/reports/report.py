@@ -402,6 +402,10 @@ def read_benches(paths):
     return found
 
 
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
 def command(
     runs: Annotated[list[Path], typer.Argument(help="folders of runs, ours or upstream's")],
     table: Annotated[list[str], typer.Option(help=f"of {', '.join(NUMBERS)} (default: all that the runs fill)")] = (),

@@ -323,6 +323,10 @@ def operations_table(settings: list[Setting], counted: list[tuple[int, int]]) ->
     return table
 
 
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
 def command(
     options: Annotated[list[str], typer.Argument(help="after --: KEY VALUE options of TRAINER.SPOTLIGHTER")] = (),
     host: Annotated[str, typer.Option(help=", ".join(HOSTS))] = "coop",

@@ -12,12 +12,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ...towers.clip import BUNDLED
 from ..reports.report import FORMATS, PAPER, Accuracies, Table, base2new_average, datasets_of
 from ..reports.results import find_results
 from .launch import LAUNCHERS
 from .plan import EMOJI, HERE, Plan
-from .sweep import sweep
+from .sweep import ListOptions, sweep
 
 KEY = "TRAINER.SPOTLIGHTER."
 ALL_LOSSES = ("gra_low", "gra_high", "reg_text", "kl_visual", "local")
@@ -78,6 +77,8 @@ class Ablation:
             raise ValueError(f"unknown ablation {self.name!r}: take {', '.join(ABLATIONS)}")
         variants, plans = ABLATIONS[self.name], {}
         if self.name == "X" and self.plan.datasets and set(self.plan.datasets) <= {"emoji", *EMOJI}:
+            from ...towers.clip import BUNDLED
+
             variants = _backbones(*BUNDLED)
         for variant, options in variants.items():
             folder = "".join(c if c.isalnum() or c in "+-." else "_" for c in variant)
@@ -116,6 +117,10 @@ class Ablation:
         ]
 
 
+app = typer.Typer(add_completion=False)
+
+
+@app.command(cls=ListOptions)
 def command(
     name: Annotated[str, typer.Argument(help=", ".join(ABLATIONS))],
     options: Annotated[list[str], typer.Argument(help="after --: KEY VALUE options for every run")] = (),

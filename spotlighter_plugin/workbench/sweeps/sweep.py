@@ -68,6 +68,10 @@ class ListOptions(TyperCommand):
         return super().parse_args(ctx, repeated)
 
 
+app = typer.Typer(add_completion=False)
+
+
+@app.command(cls=ListOptions)
 def command(
     protocol: Annotated[str, typer.Argument(help=f"{', '.join(PROTOCOLS)}")],
     options: Annotated[list[str], typer.Argument(help="after --: KEY VALUE options for every run")] = (),
