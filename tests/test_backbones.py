@@ -1,4 +1,4 @@
-"""backbones.py: where weights come from, what is said when they are bad, and the trimmed text tower."""
+"""towers/clip.py: where weights come from, what is said when they are bad, and the trimmed text tower."""
 
 import pytest
 import torch
