@@ -1,0 +1,111 @@
+"""Merging: tokens that look alike go on as one, their mean, and attention knows for how many each one stands.
+
+Bipartite soft matching as in "Token Merging: Your ViT But Faster" (Bolya et al., arXiv 2210.09461). Pure functions of
+tensors; hidden states are in PyTorch's (length, batch, width) order, everything else has the batch first. Nothing here
+waits for a device, and hidden states stay in their own precision.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Plan(NamedTuple):
+    """Which of a sequence's S positions are merged, S' = S - r. What stays keeps its order.
+
+    kept: (B, S'), positions before that go on, ascending; gone: (B, r), positions before that join another;
+    into: (B, r), the position afterwards, in 0…S'-1, of the token that each of ``gone`` joins.
+    """
+
+    kept: Tensor
+    gone: Tensor
+    into: Tensor
+
+
+def mean_key(block: nn.Module) -> tuple[Tensor, Tensor]:
+    """The mean over heads of a block's keys, as one linear map of its plain normalized input: (w/H, w) and (w/H,).
+
+    LN1's weight and bias are in it, so that it takes ``layer_norm(x)`` without them. In the weights' precision.
+    """
+    attention, norm = block.attn, block.ln_1
+    width, heads, dtype = attention.in_proj_weight.shape[1], attention.num_heads, attention.in_proj_weight.dtype
+    weight, bias = (
+        part[width : 2 * width].float().unflatten(0, (heads, -1)).mean(0)
+        for part in (attention.in_proj_weight, attention.in_proj_bias)
+    )
+    return (weight * norm.weight.float()).to(dtype), (bias + weight @ norm.bias.float()).to(dtype)
+
+
+def keys_of(hidden: Tensor, mean: tuple[Tensor, Tensor], eps: float) -> Tensor:
+    """Mean keys of a sequence: (S, B, w) → (B, S, w/H). mean: as ``mean_key`` gives it; eps: LN1's."""
+    weight, bias = mean
+    plain = F.layer_norm(hidden.to(weight.dtype), hidden.shape[-1:], eps=eps)
+    return F.linear(plain, weight, bias).transpose(0, 1)
+
+
+def match(keys: Tensor, r: int, protected: tuple[int, int] = (1, 0)) -> Plan:
+    """The r merges that lose least: tokens fall by turns into sets A and B, each of A finds its most similar of B (by
+    the cosine of their keys), and of these pairs the r most similar are merged. Several may join the same one.
+
+    Args:
+        keys: (B, S, h), of the whole sequence.
+        protected: how many positions at the front (CLS) and at the end (prompts) are left alone.
+
+    Raises:
+        ValueError: r is more than half of what is not protected.
+    """
+    (batch, length, _), (front, back) = keys.shape, protected
+    movable = length - front - back
+    if not 0 <= r <= movable // 2:
+        raise ValueError(f"r = {r}: of {movable} tokens at most {max(movable, 0) // 2} can be merged at once")
+    unit = F.normalize(keys[:, front : length - back], dim=-1, eps=torch.finfo(keys.dtype).tiny)
+    similarity, partner = (unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)).max(-1)  # (B, A)
+    merged = similarity.sort(dim=-1, descending=True, stable=True).indices[:, :r]  # (B, r), places in A
+    gone = front + 2 * merged
+    stays = keys.new_ones(batch, length, dtype=torch.bool).scatter(1, gone, False)
+    place = stays.cumsum(1) - 1  # (B, S), the position afterwards of what stays
+    before = torch.arange(length, device=keys.device).expand(batch, -1)
+    kept = before.new_zeros(batch, length - r + 1).scatter(1, place.masked_fill(~stays, length - r), before)[:, :-1]
+    return Plan(kept, gone, place.gather(1, front + 1 + 2 * partner.gather(1, merged)))
+
+
+def merge(hidden: Tensor, sizes: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    """Means of what is merged, weighted by for how many tokens each stands; the rest goes on bit for bit.
+
+    Args:
+        hidden: (S, B, w).
+        sizes: (B, S), for how many tokens of the image each position stands; float32.
+
+    Returns:
+        The shorter sequence (S', B, w) and its sizes (B, S').
+    """
+    kept = _rows(plan.kept, hidden)
+    merged = hidden.flatten(0, 1).index_select(0, kept)  # (S'·B, w)
+    leaving = sizes.gather(1, plan.gone)  # (B, r)
+    sizes = sizes.gather(1, plan.kept).scatter_add(1, plan.into, leaving)  # (B, S')
+    # (Σ_i s_i x_i + s x)/(Σ_i s_i + s) = x + Σ_i (x_i - x) s_i/(Σ_i s_i + s)
+    share = (leaving / sizes.gather(1, plan.into)).T.reshape(-1, 1).to(hidden.dtype)  # (r·B, 1)
+    into = _rows(plan.into, hidden)
+    away = hidden.flatten(0, 1).index_select(0, _rows(plan.gone, hidden)) - merged.index_select(0, into)
+    return merged.index_add(0, into, away * share).unflatten(0, (-1, hidden.shape[1])), sizes
+
+
+def bias_of(sizes: Tensor, dtype: torch.dtype) -> Tensor:
+    """What attention adds to its logits so that a token of size n counts as n: log n, (B, S)."""
+    return sizes.log().to(dtype)
+
+
+def follow(places: Tensor, plan: Plan) -> Tensor:
+    """Where tokens are after a further merge, given where they were before it: (B, N) → (B, N), for pictures."""
+    batch, after = plan.kept.shape
+    position = places.new_empty(batch, after + plan.gone.shape[1])  # (B, S)
+    position.scatter_(1, plan.kept, torch.arange(after, device=places.device).expand(batch, -1))
+    return position.scatter_(1, plan.gone, plan.into).gather(1, places)
+
+
+def _rows(index: Tensor, hidden: Tensor) -> Tensor:
+    """Rows of hidden.flatten(0, 1) at positions (B, n) of each sequence, position by position: (n·B,)."""
+    batch = hidden.shape[1]
+    return (index.T * batch + torch.arange(batch, device=index.device)).reshape(-1)

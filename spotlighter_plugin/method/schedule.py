@@ -1,0 +1,142 @@
+"""Schedules: before which blocks tokens are merged or cut, what that costs, and one that costs a given share.
+
+Pure functions of whole numbers. Operations are those of matrix products and convolutions, 2 for each multiplication,
+attention's own among them; what scores, matches and merges is counted as well.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+MERGED = 0.5
+"""Share of the tokens to be given up that ``place`` merges; the rest is cut."""
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A CLIP vision tower: N patch tokens, L blocks, width w, heads H, joint width d, pixels of a patch's side, and
+    prompts that the host carries beside the patches."""
+
+    tokens: int
+    blocks: int
+    width: int
+    heads: int
+    dim: int
+    patch: int
+    prompts: int = 0
+
+
+class Step(NamedTuple):
+    """Before ``block``, of ``tokens`` behind CLS that are or stand for patches, ``left`` go on, merged or cut;
+    ``fused`` of them, 0 or 1, stands for what an earlier cut dropped, and is never merged."""
+
+    block: int
+    tokens: int
+    left: int
+    merges: bool
+    fused: int = 0
+
+
+def steps(tower: Tower, cuts: list[tuple[int, int]], merge: int = 0, fuses: bool = False) -> list[Step]:
+    """The way of a tower's tokens.
+
+    Args:
+        cuts: pairs (block, tokens kept), ascending; the last is (s, k). One that keeps all that is left cuts nothing.
+        merge: r, merged before each of blocks 1…s-1 that has no cut.
+        fuses: a cut lets the tokens that it drops go on as one more.
+
+    Raises:
+        ValueError: more is to be merged than there are pairs.
+    """
+    way, now, fused, kept_at = [], tower.tokens, 0, dict(cuts)
+    for block in range(cuts[-1][0] + 1):
+        merges = block not in kept_at
+        if merges and not (merge and block):
+            continue
+        if merges and merge > (now - fused) // 2:
+            raise ValueError(
+                f"TRAINER.SPOTLIGHTER.MERGE = {merge}: before block {block} {now - fused} tokens are left, of which at "
+                f"most {(now - fused) // 2} can be merged; lower MERGE, or cut earlier (SELECT_BLOCK)"
+            )
+        cuts_some = not merges and kept_at[block] < now - fused
+        left = now - merge if merges else kept_at[block] + fuses if cuts_some else now
+        way.append(Step(block, now, left, merges, fused))
+        now, fused = left, int(fuses) if cuts_some else fused
+    return way
+
+
+def place(share: float, tower: Tower, fuses: bool = False, merged: float = MERGED) -> tuple[list[tuple[int, int]], int]:
+    """Merges and a cut that spend a share of the host's operations: [(s, k)] and r, as ``steps`` takes them.
+
+    s is that share of the depth: where cutting all tokens would spend it. What merging saves before it pays for the k
+    tokens that go on. Of N - k tokens the share ``merged`` leaves in equal parts before blocks 1…s-1, the rest at s.
+    Among all k the one whose operations come closest is taken, of equal ones the largest.
+
+    Raises:
+        ValueError: no such schedule of this tower comes within 0.02 of it.
+    """
+    block = min(max(round(share * tower.blocks), 1), tower.blocks - 1)
+    reached = {}
+    for k in range(min(2, tower.tokens), tower.tokens + 1):
+        r = round(merged * (tower.tokens - k) / max(block - 1, 1))
+        try:
+            way = steps(tower, [(block, k)], r, fuses)
+        except ValueError:
+            continue
+        reached[k, r] = operations(tower, way) / operations(tower)
+    k, r = min(reversed(reached), key=lambda each: abs(reached[each] - share))
+    if abs(reached[k, r] - share) > 0.02:
+        low, high = min(reached.values()), max(reached.values())
+        raise ValueError(
+            f"TRAINER.SPOTLIGHTER.SHARE = {share}: with {tower.blocks} blocks and {tower.tokens} tokens the nearest "
+            f"schedules spend {low:.2f} to {high:.2f} of the operations; set SELECT_BLOCK, TOP_K and MERGE instead"
+        )
+    return [(block, k)], r
+
+
+def operations(tower: Tower, way: list[Step] = ()) -> int:
+    """Operations of one image's pass through the tower, with all that ``way`` asks for."""
+    t, w = tower, tower.width
+    total = 2 * t.tokens * 3 * t.patch**2 * w + 2 * w * t.dim  # patches, and the readout of CLS
+    total += sum(_block(length, w) for length in lengths(tower, way))
+    for step in way:
+        if step.merges:
+            movable = step.tokens - step.fused
+            total += 2 * (1 + step.tokens + t.prompts) * w * (w // t.heads)  # mean keys
+            total += 2 * (movable // 2) * (movable - movable // 2) * (w // t.heads)  # A × B
+        elif step.left < step.tokens:
+            total += 4 * w * w + 2 * t.heads * w * (
+                1 + step.tokens + t.prompts
+            )  # CLS's query, taken back; its products
+    return total
+
+
+def lengths(tower: Tower, way: list[Step] = ()) -> list[int]:
+    """How many positions each of the L blocks sees, CLS and prompts among them."""
+    left = {step.block: step.left for step in way}
+    now, seen = tower.tokens, []
+    for block in range(tower.blocks):
+        now = left.get(block, now)
+        seen.append(1 + now + tower.prompts)
+    return seen
+
+
+def describe(tower: Tower, way: list[Step]) -> str:
+    """One line for readers: ``196 tokens; merged to 118 before blocks 1-5; cut to 40 before block 6; 0.500 of …``."""
+    words, share = [f"{tower.tokens} tokens"], operations(tower, way) / operations(tower)
+    groups: list[list[Step]] = []
+    for step in way:
+        if groups and step.merges and groups[-1][-1].merges and step.block == groups[-1][-1].block + 1:
+            groups[-1].append(step)
+        else:
+            groups.append([step])
+    for group in groups:
+        first, last = group[0], group[-1]
+        where = f"block {first.block}" if first is last else f"blocks {first.block}-{last.block}"
+        verb = "merged" if first.merges else "cut"
+        words.append(f"{verb} to {last.left} before {where}")
+    return "; ".join([*words, f"{share:.3f} of the host's operations"])
+
+
+def _block(length: int, width: int) -> int:
+    """Projections and MLP, 12 w² a token; queries with keys, and weights with values."""
+    return 24 * length * width**2 + 4 * length**2 * width

@@ -1,0 +1,61 @@
+"""Schedules: operations as PyTorch counts them, and one number that any tower's merges and cuts keep to."""
+
+import pytest
+import torch
+from method_kit import BLOCKS, DIM, HEADS, N_TOKENS, WIDTH, some_images
+from random_clips import random_clip
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from spotlighter_plugin.method.schedule import Step, Tower, describe, lengths, operations, place, steps
+from spotlighter_plugin.workbench.speed.stopwatch import operations as counted
+
+B16 = Tower(196, 12, 768, 12, 512, 16)
+TOWERS = (B16, Tower(257, 24, 1024, 16, 768, 14), Tower(196, 12, 192, 3, 128, 8), Tower(144, 6, 192, 3, 128, 8, 4))
+
+
+def test_the_hosts_operations_are_those_that_pytorch_counts():
+    vision = random_clip().visual
+    tower = Tower(N_TOKENS, BLOCKS, WIDTH, HEADS, DIM, vision.conv1.kernel_size[0])
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention is not counted on a CPU
+        assert counted(lambda: vision(some_images(1))) == operations(tower)
+
+
+def test_merges_go_before_every_block_up_to_the_cut_and_leave_the_fused_token_alone():
+    assert steps(B16, [(3, 100), (5, 40)], 10, fuses=True) == [
+        Step(1, 196, 186, True),
+        Step(2, 186, 176, True),
+        Step(3, 176, 101, False),
+        Step(4, 101, 91, True, 1),
+        Step(5, 91, 41, False, 1),
+    ]
+    assert lengths(B16, steps(B16, [(3, 100), (5, 40)], 10, True)) == [197, 187, 177, 102, 92] + [42] * 7
+
+
+def test_a_cut_that_keeps_all_that_merging_left_is_none():
+    way = steps(B16, [(11, 196)], 10, fuses=True)
+    assert lengths(B16, way) == [197 - 10 * block for block in range(11)] + [97]
+    assert operations(B16, steps(B16, [(11, 196)])) == operations(B16)
+
+
+@pytest.mark.parametrize("tower", TOWERS, ids=lambda tower: f"{tower.blocks} blocks, {tower.tokens} tokens")
+@pytest.mark.parametrize("share", [0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
+def test_one_number_places_merges_and_a_cut_that_spend_it(tower, share):
+    cuts, merge = place(share, tower, fuses=True)
+    way = steps(tower, cuts, merge, fuses=True)
+    assert abs(operations(tower, way) / operations(tower) - share) <= 0.02
+    assert merge and cuts[0][1] < way[-1].tokens  # both have their part
+
+
+def test_a_share_that_a_tower_cannot_spend_and_merges_that_it_has_not_are_refused_in_one_line():
+    with pytest.raises(ValueError, match=r"SHARE = 0.05: with 12 blocks and 196 tokens .* 0.\d\d to \d.\d\d") as error:
+        place(0.05, B16)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="MERGE = 40: before block 4 76 tokens are left, of which at most 38"):
+        steps(B16, [(8, 32)], 40)
+
+
+def test_a_schedule_can_be_read():
+    cuts, merge = place(0.5, B16, fuses=True)
+    assert describe(B16, steps(B16, cuts, merge, fuses=True)) == (
+        "196 tokens; merged to 116 before blocks 1-5; cut to 39 before block 6; 0.500 of the host's operations"
+    )
