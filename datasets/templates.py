@@ -24,3 +24,20 @@ TEMPLATES = {
     "EmojiScenesSwap": PLAIN,
     "EmojiScenesShift": PLAIN,
 }
+
+# Several ways to say it, for ensembles of texts (a part of those that OpenAI gives for CLIP); data sets may have their own.
+GENERAL = (
+    "itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.", "a {} in a video game.",
+    "art of the {}.", "a photo of the small {}.",
+)  # fmt: skip
+ENSEMBLES = {}
+
+
+def prompt(dataset: str) -> str:
+    """The hand-written prompt of a data set; a plain one where nobody wrote any."""
+    return TEMPLATES.get(dataset, PLAIN)
+
+
+def ensemble(dataset: str) -> tuple[str, ...]:
+    """The templates of a data set, its hand-written prompt among them."""
+    return tuple(dict.fromkeys((prompt(dataset), *ENSEMBLES.get(dataset, GENERAL))))

@@ -1,0 +1,143 @@
+"""Hosts trained on a task's shots, from what the frozen tower sees, and their texts for any list of classes."""
+
+import contextlib
+import io
+import tempfile
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import torch
+from clip.model import VisionTransformer
+from dassl.data.datasets import Datum
+from dassl.engine import TRAINER_REGISTRY
+from dassl.utils import set_random_seed
+from torch import Tensor, nn
+
+from ...method.losses import text_regularisation
+from ...trainer import hand_written_texts
+from ..training.cached import CachedLoader, keep_tail
+from .tasks import FrozenTower, Scenes, Task, configuration
+
+COMMON = {
+    "OPTIM.NAME": "sgd", "OPTIM.LR_SCHEDULER": "cosine", "OPTIM.WARMUP_EPOCH": 1, "OPTIM.WARMUP_TYPE": "constant",
+    "OPTIM.WARMUP_CONS_LR": 1e-5, "DATALOADER.TRAIN_X.BATCH_SIZE": 128, "DATALOADER.TEST.BATCH_SIZE": 256,
+    "DATALOADER.NUM_WORKERS": 0, "TRAINER.COOP.PREC": "fp32", "TRAIN.PRINT_FREQ": 1000,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class View:
+    """What a model gets of pictures: CLS features where ``block`` is None, else the states that enter that block."""
+
+    tower: FrozenTower
+    block: int | None = None
+
+    def of(self, paths: list[str]) -> Tensor:
+        """(n, d) or (n, 1+N, w)."""
+        return self.tower.features(paths) if self.block is None else self.tower.states(paths, self.block)
+
+    def start(self, model: nn.Module) -> nn.Module:
+        """Let the model's vision tower take what ``of`` gives in the place of images."""
+        vision = next(module for module in model.modules() if isinstance(module, VisionTransformer))
+        if self.block is None:
+            vision.forward = lambda features: features
+        else:
+            keep_tail(vision, self.block)
+        return model
+
+
+class OnTask:
+    """In front of a trainer: it learns from a task's shots, through a view."""
+
+    task: Task
+    view: View
+
+    def build_data_loader(self):
+        task, loaders = self.task, self.cfg.DATALOADER
+        self.train_items, held_out = _items(task.shots, task.names), _items(task.held_out, task.names)
+        self.train_loader_x = CachedLoader(self.view, self.train_items, loaders.TRAIN_X.BATCH_SIZE, True)
+        self.val_loader = self.test_loader = CachedLoader(self.view, held_out, loaders.TEST.BATCH_SIZE, False)
+        self.train_loader_u, self.num_classes, self.num_source_domains = None, task.known, 0
+        names = task.names[: task.known]
+        self.lab2cname = dict(enumerate(names))
+        data = SimpleNamespace(
+            classnames=names, lab2cname=self.lab2cname, num_classes=task.known, train_x=self.train_items, val=held_out,
+            test=[],
+        )  # fmt: skip
+        self.dm = SimpleNamespace(dataset=data, num_classes=task.known)
+
+    def shot_loader(self):
+        return CachedLoader(self.view, self.train_items, self.cfg.DATALOADER.TEST.BATCH_SIZE, is_train=False)
+
+    def build_model(self):
+        super().build_model()
+        self.view.start(self.model)
+
+
+class TextRegularised:
+    """A host with L_reg_text of Eq. 14, and nothing else."""
+
+    weight: float
+
+    def before_train(self):
+        self.reference = hand_written_texts(self.cfg, self.dm.dataset.classnames, self.device)  # t⁰ (C, d)
+        super().before_train()
+
+    def objective(self, images, labels):
+        loss, summary = super().objective(images, labels)
+        return loss + self.weight * text_regularisation(self.model.text_features(), self.reference), summary
+
+
+@dataclass
+class Host:
+    """A trained host, for any list of classes.
+
+    Attributes:
+        trainer: as registered. state: of what it registers, without the plug-in. plugin: the plug-in's, if it has one.
+        trained: how many numbers were trained, the plug-in's among them.
+    """
+
+    trainer: str
+    cfg: object
+    state: dict
+    trained: int
+    plugin: dict = field(default_factory=dict)
+
+    def model(self, names: list[str], device) -> nn.Module:
+        """Whole, in evaluation mode."""
+        from trainers.host import load_backbone, load_weights
+
+        kind, like = TRAINER_REGISTRY.get(self.trainer), SimpleNamespace(cfg=self.cfg)
+        with contextlib.redirect_stdout(io.StringIO()):
+            clip_model = load_backbone(self.cfg, self.cfg.TRAINER[kind.options].PREC).requires_grad_(False)
+            model = kind.make_model(like, clip_model, list(names)).to(device).eval()
+        load_weights(kind.registered(like, model), self.state, f"the state of {self.trainer}")
+        return model
+
+    @torch.no_grad()
+    def texts(self, names: list[str], device) -> Tensor:
+        """(C, d), unit length, float32."""
+        return self.model(names, device).text_features().float()
+
+
+def train(task: Task, view: View, trainer: str, dataset: str, seed: int, root: str, options: dict, parts=()) -> Host:
+    """Train a registered trainer on the task's shots; ``parts`` are classes to put in front of it."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        cfg = configuration(dataset, seed, root, trainer, {**COMMON, **options}, folder)
+        kind = TRAINER_REGISTRY.get(trainer)
+        kind = type(kind.__name__, (OnTask, *parts, kind), {"task": task, "view": view})
+        set_random_seed(seed)
+        run = kind(cfg)
+        run.train()
+    states = {name: _on_cpu(model.state_dict()) for name, model in run._models.items()}
+    trained = sum(p.numel() for model in run._models.values() for p in model.parameters() if p.requires_grad)
+    plugin = states.pop("spotlighter", {})
+    return Host(trainer.removesuffix("Spotlighter"), cfg, states[run.checkpoint], trained, plugin)
+
+
+def _on_cpu(state: dict) -> dict:
+    return {name: value.detach().cpu().clone() for name, value in state.items()}
+
+
+def _items(scenes: Scenes, names: list[str]) -> list[Datum]:
+    return [Datum(path, y, 0, names[y]) for path, y in zip(scenes.paths, scenes.labels.tolist(), strict=True)]

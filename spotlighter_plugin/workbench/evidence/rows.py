@@ -1,0 +1,268 @@
+"""The rows of the table: a name, how to make it on one data set with one seed, and the grid that it is tuned over.
+
+Every row is tuned on a miniature of the task that is made of base classes alone: half of them play new, their validation
+pictures are the test. Heads are tuned twice: for the harmonic mean of own halves, and (rows that end in OPEN) for that in
+one label space.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ...config import SpotlighterConfig, from_cfg
+from . import heads
+from .hosts import Host, TextRegularised, View, train
+from .judge import Answers, Exam, answers_of, figures
+from .plugin import attach, first_hooked, Attached
+from .tasks import FrozenTower, Scenes, Task, configuration, load_task, written_aside
+
+OPEN = ", open"
+LENGTHS, SHORT, RATES = (5, 20, 60), (2, 5, 15), (0.03, 0.1, 0.3)
+S = "TRAINER.SPOTLIGHTER."
+
+
+class Fitted(Protocol):
+    def answers(self, scenes: Scenes, tower: FrozenTower) -> Answers: ...
+
+
+@dataclass
+class Made:
+    """A row on one data set with one seed.
+
+    Attributes:
+        fitted: answers pictures. trained: numbers trained. megabytes: what is kept beside the host.
+        share: operations as a share of the host's. chosen: the setting that tuning chose.
+    """
+
+    fitted: Fitted
+    trained: int = 0
+    megabytes: float = 0.0
+    share: float = 1.0
+    chosen: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Row:
+    """settings: what a kept result of this row depends on, beside tower, data set and seed."""
+
+    name: str
+    make: Callable[["Cell"], Made]
+    settings: object = ""
+
+
+@dataclass
+class HeadFit:
+    """A head that has learned."""
+
+    head: heads.Head
+    state: dict
+    texts: heads.Texts
+    known: int
+
+    def answers(self, scenes: Scenes, tower: FrozenTower) -> Answers:
+        logits = self.head.logits(self.state, tower.features(scenes.paths), self.texts)
+        return answers_of(logits, scenes.labels, self.known)
+
+
+@dataclass
+class ReleasedFit:
+    """The released algorithm, which looks at no token in testing."""
+
+    host: Host
+    task: Task
+
+    @torch.no_grad()
+    def answers(self, scenes: Scenes, tower: FrozenTower) -> Answers:
+        model = self.host.model(self.task.names, tower.device)
+        return answers_of(model.classify(tower.features(scenes.paths)), scenes.labels, self.task.known)
+
+
+class Cell:
+    """One data set and one seed: the task, its miniature, and the hosts trained on both."""
+
+    def __init__(self, dataset: str, seed: int, root: str, tower: FrozenTower, folder: Path):
+        self.dataset, self.seed, self.root, self.tower, self.folder = dataset, seed, root, tower, folder
+        self.cfg = configuration(dataset, seed, root)
+        self.task = load_task(self.cfg)
+        self._texts = {}
+
+    @cached_property
+    def mini(self) -> Task:
+        return self.task.miniature()
+
+    def train(self, task: Task, trainer: str, options: dict, parts=(), block=None) -> Host:
+        return train(task, View(self.tower, block), trainer, self.dataset, self.seed, self.root, options, parts)
+
+    def tuned(self, name: str, grid, make: Callable[[Task, dict], Fitted]) -> tuple[dict, Fitted]:
+        """The setting with the best harmonic mean on the miniature, and what it gives on the task itself."""
+        kept = self.folder / f"{self.tower.fingerprint}-{self.cfg.DATASET.NAME}-{self.seed}-{name}.json"
+        written = json.loads(kept.read_text()) if kept.exists() else {}
+        if written.get("grid") != list(grid):
+            means = [self.means(make(self.mini, setting))[0] for setting in grid]
+            written = {"grid": list(grid), "means": means}
+            with written_aside(kept) as aside:
+                aside.write_text(json.dumps(written))
+        best = grid[written["means"].index(max(written["means"]))]
+        return best, make(self.task, best)
+
+    def means(self, fitted: Fitted) -> tuple[float, float]:
+        """HM of own halves and in one label space, on the miniature."""
+        test = self.mini.test
+        result = figures(fitted.answers(test, self.tower), Exam(test.labels.numpy(), self.mini.known))
+        return result["hm"], result["one_space_hm"]
+
+    @cached_property
+    def host(self) -> tuple[dict, Host, Host]:
+        """CoOp at its best rate and length: the setting, trained on the miniature, and on the task."""
+        hosts = {}
+
+        def make(task, setting):
+            hosts[task.known, len(task.names)] = host = self.train(task, "CoOp", setting)
+            return self.head_on(host, task, "host")
+
+        best, _ = self.tuned("CoOp", _rates(LENGTHS), make)
+        make(self.mini, best)
+        return best, hosts[self.mini.known, len(self.mini.names)], hosts[self.task.known, len(self.task.names)]
+
+    def texts(self, host: Host | None, task: Task) -> heads.Texts:
+        """The host's texts (those of the hand-written prompt where there is none) beside those of frozen CLIP."""
+        from datasets.templates import ensemble, prompt
+
+        from ...towers.clip import encode_prompts
+
+        if len(task.names) not in self._texts:
+            name, clip = self.cfg.DATASET.NAME, self.tower.clip
+            embed = lambda template: encode_prompts(clip, [template.format(n.replace("_", " ")) for n in task.names])  # noqa: E731
+            mean = torch.stack([embed(template) for template in ensemble(name)]).mean(0)
+            self._texts[len(task.names)] = embed(prompt(name)).float(), torch.nn.functional.normalize(mean.float(), dim=-1)
+        plain, mean = self._texts[len(task.names)]
+        texts = plain if host is None else host.texts(task.names, self.tower.device)
+        return heads.Texts(texts, plain, mean, self.tower.clip.logit_scale.exp().item())
+
+    def head_on(self, host: Host | None, task: Task, name: str, setting: dict | None = None, texts=None) -> HeadFit:
+        """A head fitted to a task's shots."""
+        head, shots = heads.HEADS[name], task.shots
+        if head.sees_all:
+            shots = Scenes(shots.paths + task.others.paths, torch.cat([shots.labels, task.others.labels]))
+        texts = texts or self.texts(host, task)
+        features, labels = self.tower.features(shots.paths), shots.labels.to(self.tower.device)
+        return HeadFit(head, head.fit(features, labels, texts, task.known, **(setting or {})), texts, task.known)
+
+
+def rows(host: str = "CoOp") -> list[Row]:
+    """All rows of a host, in the table's order."""
+    memory = ("cache", "whitened cache", "Gaussian classifier", "kernel ridge")
+    return [
+        Row("zero-shot", _zero_shot("zero-shot")),
+        Row("zero-shot + templates", _zero_shot("zero-shot + templates")),
+        Row(host, lambda cell: _host(cell), (_rates(LENGTHS))),
+        Row(f"{host} + L_reg_text", _regularised, "1 5 20"),
+        *(
+            Row(f"{host} + {name}{suffix}", _tuned_head(name, suffix), heads.HEADS[name].grid)
+            for suffix in ("", OPEN) for name in ("text residual", "templates", *memory)
+        ),
+        Row("linear probe, shots of all classes", _tuned_head("linear probe", ""), heads.HEADS["linear probe"].grid),
+        Row(f"{host} + TextRefiner", _released(False), _rates(SHORT)),
+        Row(f"{host} + Spotlighter, as released", _released(True), _rates(SHORT)),
+        Row(f"{host} + Spotlighter, paper", _trained_with({"PRESET": "paper"}), _settings(preset="paper")),
+        Row(f"{host} + Spotlighter, random tokens", _attached(activation="random"), _settings(activation="random")),
+        Row(f"{host} + Spotlighter", _attached(), _settings()),
+    ]  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------- how rows are made
+
+
+def _zero_shot(name: str):
+    return lambda cell: Made(cell.head_on(None, cell.task, name))
+
+
+def _host(cell: Cell) -> Made:
+    best, _, host = cell.host
+    return Made(cell.head_on(host, cell.task, "host"), host.trained, chosen=best)
+
+
+def _tuned_head(name: str, suffix: str):
+    def make(cell: Cell) -> Made:
+        _, small, host = cell.host
+        texts, head = cell.texts(small, cell.mini), heads.HEADS[name]
+        which = 1 if suffix == OPEN else 0
+        means = [cell.means(cell.head_on(small, cell.mini, name, setting, texts))[which] for setting in head.grid]
+        best = head.grid[means.index(max(means))]
+        fitted = cell.head_on(host, cell.task, name, best)
+        trained = sum(v.numel() for v in fitted.state.values()) if name in ("text residual", "linear probe") else 0
+        return Made(fitted, host.trained + trained, heads.megabytes(fitted.state), chosen=best)
+
+    return make
+
+
+def _regularised(cell: Cell) -> Made:
+    grid = tuple({"weight": w, "OPTIM.MAX_EPOCH": n} for n in LENGTHS for w in (20.0, 5.0, 1.0))
+    trained = {}
+
+    def make(task, setting):
+        part = type("Regularised", (TextRegularised,), {"weight": setting["weight"]})
+        options = {"OPTIM.LR": RATES[1], "OPTIM.MAX_EPOCH": setting["OPTIM.MAX_EPOCH"]}
+        trained["host"] = host = cell.train(task, "CoOp", options, (part,))
+        return cell.head_on(host, task, "host")
+
+    best, fitted = cell.tuned("L_reg_text", grid, make)
+    return Made(fitted, trained["host"].trained, chosen=best)
+
+
+def _released(image_branch: bool):
+    def make(cell: Cell) -> Made:
+        last = len(cell.tower.vision.transformer.resblocks) - 1
+
+        def make(task, setting):
+            options = {**setting, "TRAINER.RELEASED.IMAGE_BRANCH": image_branch}
+            return ReleasedFit(cell.train(task, "CoOpReleased", options, block=last), task)
+
+        best, fitted = cell.tuned("released" if image_branch else "TextRefiner", _rates(SHORT), make)
+        memory = fitted.host.state["refiner.memory"]
+        return Made(fitted, fitted.host.trained, memory.numel() * 4 / 1e6, chosen=best)
+
+    return make
+
+
+def _attached(**options):
+    """Spotlighter on the trained host: nothing more is trained."""
+
+    def make(cell: Cell) -> Made:
+        best, _, host = cell.host
+        fitted = attach(host, SpotlighterConfig(**options), cell.task, cell.tower)
+        return Made(fitted, host.trained, fitted.megabytes, fitted.share, best)
+
+    return make
+
+
+def _trained_with(options: dict):
+    """Spotlighter trained together with the host."""
+    given = {S + name: value for name, value in options.items()}
+
+    def make(cell: Cell) -> Made:
+        def make(task, setting):
+            config = from_cfg(configuration(cell.dataset, cell.seed, cell.root, "CoOpSpotlighter", given))
+            untrained = Attached(cell.host[2], config, task, {}, 0, 1.0, 0.0)
+            block = first_hooked(untrained.wrapper(task.names[: task.known], cell.tower.device, None))
+            host = cell.train(task, "CoOpSpotlighter", {**given, **setting}, block=block)
+            return attach(host, config, task, cell.tower)
+
+        best, fitted = cell.tuned(f"Spotlighter-{'-'.join(map(str, options.values()))}", _rates(SHORT), make)
+        return Made(fitted, fitted.host.trained, fitted.megabytes, fitted.share, best)
+
+    return make
+
+
+def _rates(lengths) -> tuple[dict, ...]:
+    return tuple({"OPTIM.LR": rate, "OPTIM.MAX_EPOCH": n} for n in lengths for rate in RATES)
+
+
+def _settings(**options) -> dict:
+    return asdict(SpotlighterConfig(**options))

@@ -1,0 +1,79 @@
+"""Runs the rows that are missing, data set by data set and seed by seed."""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .judge import Exam
+from .results import Key, Results
+from .rows import Cell, Row
+from .tasks import FrozenTower, configuration, load_task
+
+
+@dataclass
+class Laboratory:
+    """What runs share: towers, and where features and tunings are kept.
+
+    Args:
+        root: folder of the data sets. folder: of what saves time in another run.
+        again: run rows although their results are there.
+        say: called with one line after each row.
+    """
+
+    results: Results
+    root: str
+    folder: Path
+    again: bool = False
+    say: callable = print
+    _towers: dict = field(default_factory=dict)
+
+    def run(self, rows: list[Row], datasets: list[str], seeds: list[int], source: str | None) -> None:
+        """Make every row that the results do not hold as it is made today.
+
+        source: what is trained there is judged on the other data sets, too; None: nowhere.
+        """
+        for dataset in datasets:
+            targets = [dataset, *(d for d in datasets if dataset == source and d != source)]
+            for seed in seeds:
+                cell = None
+                for row in rows:
+                    todo = [t for t in targets if self.again or not self._is_there(row, t, dataset, seed)]
+                    if todo:
+                        cell = cell or Cell(dataset, seed, self.root, self.tower(dataset), self.folder)
+                        self._make(row, cell, todo)
+            if dataset != source:
+                self.tower(dataset).forget()
+
+    def tower(self, dataset: str) -> FrozenTower:
+        if dataset not in self._towers:
+            self._towers[dataset] = FrozenTower(configuration(dataset, 1, self.root), self.folder)
+        return self._towers[dataset]
+
+    def _is_there(self, row: Row, dataset: str, source: str, seed: int) -> bool:
+        facts = self.results.facts.get(self._key(row, dataset, source, seed))
+        return facts is not None and facts["made"] == self._made(row, source)
+
+    def _made(self, row: Row, source: str) -> str:
+        return f"{self.tower(source).fingerprint} {row.settings}"
+
+    def _key(self, row: Row, dataset: str, source: str, seed: int) -> Key:
+        name = lambda d: configuration(d, seed, self.root).DATASET.NAME  # noqa: E731
+        return Key(row.name, name(dataset), name(source), seed)
+
+    def _make(self, row: Row, cell: Cell, targets: list[str]) -> None:
+        started = time.time()
+        made = row.make(cell)
+        facts = {
+            "operations_ratio": round(made.share, 4), "trained": made.trained, "memory_mb": round(made.megabytes, 4),
+            "chosen": made.chosen, "made": self._made(row, cell.dataset),
+        }  # fmt: skip
+        finished = {}
+        for target in targets:
+            task = cell.task if target == cell.dataset else load_task(configuration(target, cell.seed, self.root))
+            if task.names != cell.task.names:
+                raise ValueError(f"{target} has other classes than {cell.dataset}: give --source none")
+            exam = Exam(task.test.labels.numpy(), task.known)
+            answers = made.fitted.answers(task.test, self.tower(target))
+            finished[self._key(row, target, cell.dataset, cell.seed)] = facts, answers, exam
+        self.results.put(finished)
+        self.say(f"{Path(cell.dataset).stem} seed {cell.seed}: {row.name} ({time.time() - started:.0f} s)")
