@@ -25,7 +25,7 @@ TEMPLATES = {
     "EmojiScenesShift": PLAIN,
 }
 
-# Several ways to say it, for ensembles of texts (a part of those that OpenAI gives for CLIP); data sets may have their own.
+# Ways to say it, for ensembles of texts: seven of those that OpenAI gives for CLIP. Data sets may have their own.
 GENERAL = (
     "itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.", "a {} in a video game.",
     "art of the {}.", "a photo of the small {}.",

@@ -14,7 +14,7 @@ COMMANDS = {  # name: the module whose `app` it is, what --help says
     "sweep": ("workbench.sweeps.sweep", "Run a whole protocol: skip what is complete, resume what was killed."),
     "ablate": ("workbench.sweeps.ablate", "Run one ablation of the paper and print its table."),
     "report": ("workbench.reports.report", "The paper's tables over seeds, beside the paper's figures."),
-    "evidence": ("workbench.evidence.command", "The table of evidence: a host, its controls, Spotlighter, with intervals."),
+    "evidence": ("workbench.evidence.command", "The table of evidence: a host, its controls and Spotlighter."),
     "bench": ("workbench.speed.bench", "Time a host with and without Spotlighter, in turn, on random weights."),
     "visualize": ("workbench.pictures.visualize", "Pictures: lit tokens, embeddings, curves."),
     "attach": ("forks.attach", "Put Spotlighter into a fork: a trainer, its configuration, a few lines in train.py."),

@@ -67,7 +67,7 @@ class Refiner(nn.Module):
         weights = weights / weights.amax(0)
         mine = F.one_hot(scores.argmax(1), len(self.memory)).to(tokens)  # (n, S)
         moved = self.momentum * self.memory + (1 - self.momentum) * (mine * weights).T @ tokens
-        self.memory.copy_(F.normalize(torch.where(mine.any(0)[:, None], moved, self.memory), dim=-1))
+        self.memory = F.normalize(torch.where(mine.any(0)[:, None], moved, self.memory), dim=-1)
 
 
 class ReleasedCLIP(CustomCLIP):

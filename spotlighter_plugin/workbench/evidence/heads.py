@@ -222,7 +222,7 @@ def _grid(**axes) -> tuple[dict, ...]:
 
 
 _SIX, _EIGHT = (0.0, 0.15, 0.4, 1.0, 2.5, 6.0), (0.0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4)
-_DECAYS = tuple(10 ** (-7 + 7 * i / (POINTS - 1)) for i in range(POINTS))[::-1]
+_DECAYS = tuple(10 ** (1 - 7 * i / (POINTS - 1)) for i in range(POINTS))  # 10 … 10⁻⁶
 
 HEADS = {
     "zero-shot": _texts("plain"),

@@ -24,7 +24,6 @@ class Attached:
 
     Attributes:
         state: the wrapper's. block: where kept states enter.
-        share: operations of an image as a share of the host's. megabytes: what the wrapper keeps.
     """
 
     host: Host
@@ -32,13 +31,11 @@ class Attached:
     task: Task
     state: dict
     block: int
-    share: float
-    megabytes: float
 
-    def wrapper(self, names: list[str], device, state: dict | None) -> SpotlighterWrapper:
+    def wrapper(self, names: list[str], device) -> SpotlighterWrapper:
         wrapper = SpotlighterWrapper(self.host.model(names, device), self.config, class_names=list(names)).to(device)
-        if state:
-            wrapper.load_state_dict(state)
+        if self.state:
+            wrapper.load_state_dict(self.state)
         return wrapper.eval()
 
     @torch.no_grad()
@@ -54,39 +51,43 @@ class Attached:
         return Answers(own, self._right(names, scenes, view))
 
     def _right(self, names, scenes: Scenes, view: View):
-        wrapper = view.start(self.wrapper(names, view.tower.device, self.state))
-        right = [
-            wrapper(states).argmax(1).cpu() == labels for states, labels in batches(scenes, view)
-        ]
+        wrapper = view.start(self.wrapper(names, view.tower.device))
+        right = [wrapper(states).argmax(1).cpu() == labels for states, labels in batches(scenes, view)]
         return torch.cat(right).numpy()
 
 
 def attach(host: Host, config: SpotlighterConfig, task: Task, tower: FrozenTower) -> Attached:
-    """Put Spotlighter on a trained host. Where it was not trained, it remembers the shots and is weighed on what is
-    held out of the known classes.
+    """Put Spotlighter on a trained host. Unless it was trained with it, it now remembers the shots, and is weighed on
+    what is held out of the known classes."""
+    attached = Attached(host, config, task, host.plugin, 0)
+    wrapper = attached.wrapper(task.names[: task.known], tower.device)
+    attached.block = first_hooked(wrapper)
+    if not host.plugin:
+        view = View(tower, attached.block)
+        view.start(wrapper)
+        wrapper.remember(batches(task.shots, view))
+        wrapper.calibrate(batches(task.held_out, view))
+        attached.state = {name: value.detach().cpu() for name, value in wrapper.state_dict().items()}
+    return attached
+
+
+@torch.no_grad()
+def measure(attached: Attached, tower: FrozenTower) -> tuple[float, float]:
+    """Operations as a share of the host's, and the MB (10⁶ bytes) that the plug-in keeps.
 
     Raises:
         RuntimeError: kept states do not give the wrapper's answers on pictures.
     """
-    names, device = task.names[: task.known], tower.device
-    attached = Attached(host, config, task, host.plugin, 0, 1.0, 0.0)
-    wrapper = attached.wrapper(names, device, host.plugin)
-    attached.block = first_hooked(wrapper)
-    view = View(tower, attached.block)
-    few = task.shots.paths[:8]
-    images = tower.pictures(few)
-    with torch.no_grad():
-        whole, attached.share = wrapper(images), share_of_operations(wrapper, host.model(names, device), images)
-        view.start(wrapper)
-        kept = wrapper(view.of(few).to(device).float())
-    if (whole - kept).abs().max() > ALIKE * whole.std():
+    task = attached.task
+    names, few = task.names[: task.known], task.shots.paths[:8]
+    wrapper, images, view = attached.wrapper(names, tower.device), tower.pictures(few), View(tower, attached.block)
+    share = share_of_operations(wrapper, attached.host.model(names, tower.device), images)
+    whole = wrapper(images)
+    kept = view.start(wrapper)(view.of(few).to(tower.device).float())
+    is_random = attached.config.activation == "random"  # other tokens for states than for pictures
+    if not is_random and (whole - kept).abs().median() > ALIKE * whole.std():
         raise RuntimeError(f"states on entering block {attached.block} do not give the answers that pictures give")
-    if not host.plugin:
-        wrapper.remember(batches(task.shots, view))
-        wrapper.calibrate(batches(task.held_out, view))
-    attached.state = {name: value.detach().cpu() for name, value in wrapper.state_dict().items()}
-    attached.megabytes = sum(v.numel() * v.element_size() for v in attached.state.values()) / 1e6
-    return attached
+    return share, sum(v.numel() * v.element_size() for v in attached.state.values()) / 1e6
 
 
 def batches(scenes: Scenes, view: View):

@@ -1,8 +1,8 @@
 """The rows of the table: a name, how to make it on one data set with one seed, and the grid that it is tuned over.
 
-Every row is tuned on a miniature of the task that is made of base classes alone: half of them play new, their validation
-pictures are the test. Heads are tuned twice: for the harmonic mean of own halves, and (rows that end in OPEN) for that in
-one label space.
+Every row is tuned on a miniature of the task that is made of base classes alone: half of them play new, their
+validation pictures are the test. Heads are tuned twice: for the harmonic mean of own halves and, in rows that end in
+OPEN, for that in one label space.
 """
 
 import json
@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
 
 from ...config import SpotlighterConfig, from_cfg
+from ...towers.clip import encode_prompts
 from . import heads
 from .hosts import Host, TextRegularised, View, train
 from .judge import Answers, Exam, answers_of, figures
-from .plugin import attach, first_hooked, Attached
-from .tasks import FrozenTower, Scenes, Task, configuration, load_task, written_aside
+from .plugin import Attached, attach, first_hooked, measure
+from .tasks import FrozenTower, Scenes, Task, configuration, written_aside
 
 OPEN = ", open"
 LENGTHS, SHORT, RATES = (5, 20, 60), (2, 5, 15), (0.03, 0.1, 0.3)
@@ -86,10 +87,15 @@ class ReleasedFit:
 class Cell:
     """One data set and one seed: the task, its miniature, and the hosts trained on both."""
 
-    def __init__(self, dataset: str, seed: int, root: str, tower: FrozenTower, folder: Path):
-        self.dataset, self.seed, self.root, self.tower, self.folder = dataset, seed, root, tower, folder
-        self.cfg = configuration(dataset, seed, root)
-        self.task = load_task(self.cfg)
+    def __init__(self, dataset: str, seed: int, root: str, task: Task, tower: FrozenTower, folder: Path):
+        self.dataset, self.seed, self.root, self.task, self.tower, self.folder = (
+            dataset,
+            seed,
+            root,
+            task,
+            tower,
+            folder,
+        )
         self._texts = {}
 
     @cached_property
@@ -101,7 +107,7 @@ class Cell:
 
     def tuned(self, name: str, grid, make: Callable[[Task, dict], Fitted]) -> tuple[dict, Fitted]:
         """The setting with the best harmonic mean on the miniature, and what it gives on the task itself."""
-        kept = self.folder / f"{self.tower.fingerprint}-{self.cfg.DATASET.NAME}-{self.seed}-{name}.json"
+        kept = self.folder / f"{self.tower.fingerprint}-{self.tower.dataset}-{self.seed}-{name}.json"
         written = json.loads(kept.read_text()) if kept.exists() else {}
         if written.get("grid") != list(grid):
             means = [self.means(make(self.mini, setting))[0] for setting in grid]
@@ -134,13 +140,15 @@ class Cell:
         """The host's texts (those of the hand-written prompt where there is none) beside those of frozen CLIP."""
         from datasets.templates import ensemble, prompt
 
-        from ...towers.clip import encode_prompts
-
         if len(task.names) not in self._texts:
-            name, clip = self.cfg.DATASET.NAME, self.tower.clip
-            embed = lambda template: encode_prompts(clip, [template.format(n.replace("_", " ")) for n in task.names])  # noqa: E731
-            mean = torch.stack([embed(template) for template in ensemble(name)]).mean(0)
-            self._texts[len(task.names)] = embed(prompt(name)).float(), torch.nn.functional.normalize(mean.float(), dim=-1)
+            templates = (prompt(self.tower.dataset), *ensemble(self.tower.dataset))
+            plain, *every = (
+                encode_prompts(
+                    self.tower.clip, [template.format(name.replace("_", " ")) for name in task.names]
+                ).float()
+                for template in templates
+            )
+            self._texts[len(task.names)] = plain, F.normalize(torch.stack(every).mean(0), dim=-1)
         plain, mean = self._texts[len(task.names)]
         texts = plain if host is None else host.texts(task.names, self.tower.device)
         return heads.Texts(texts, plain, mean, self.tower.clip.logit_scale.exp().item())
@@ -176,7 +184,7 @@ def rows(host: str = "CoOp") -> list[Row]:
     ]  # fmt: skip
 
 
-# ----------------------------------------------------------------------------------------------------- how rows are made
+# ---------------------------------------------------------------------------------------------------- how rows are made
 
 
 def _zero_shot(name: str):
@@ -237,7 +245,8 @@ def _attached(**options):
     def make(cell: Cell) -> Made:
         best, _, host = cell.host
         fitted = attach(host, SpotlighterConfig(**options), cell.task, cell.tower)
-        return Made(fitted, host.trained, fitted.megabytes, fitted.share, best)
+        share, megabytes = measure(fitted, cell.tower)
+        return Made(fitted, host.trained, megabytes, share, best)
 
     return make
 
@@ -249,13 +258,14 @@ def _trained_with(options: dict):
     def make(cell: Cell) -> Made:
         def make(task, setting):
             config = from_cfg(configuration(cell.dataset, cell.seed, cell.root, "CoOpSpotlighter", given))
-            untrained = Attached(cell.host[2], config, task, {}, 0, 1.0, 0.0)
-            block = first_hooked(untrained.wrapper(task.names[: task.known], cell.tower.device, None))
+            untrained = Attached(cell.host[2], config, task, {}, 0)
+            block = first_hooked(untrained.wrapper(task.names[: task.known], cell.tower.device))
             host = cell.train(task, "CoOpSpotlighter", {**given, **setting}, block=block)
             return attach(host, config, task, cell.tower)
 
         best, fitted = cell.tuned(f"Spotlighter-{'-'.join(map(str, options.values()))}", _rates(SHORT), make)
-        return Made(fitted, fitted.host.trained, fitted.megabytes, fitted.share, best)
+        share, megabytes = measure(fitted, cell.tower)
+        return Made(fitted, fitted.host.trained, megabytes, share, best)
 
     return make
 

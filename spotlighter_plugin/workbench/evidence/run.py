@@ -1,13 +1,14 @@
 """Runs the rows that are missing, data set by data set and seed by seed."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from .judge import Exam
 from .results import Key, Results
 from .rows import Cell, Row
-from .tasks import FrozenTower, configuration, load_task
+from .tasks import FrozenTower, Task, configuration, load_task
 
 
 @dataclass
@@ -24,8 +25,9 @@ class Laboratory:
     root: str
     folder: Path
     again: bool = False
-    say: callable = print
+    say: Callable = print
     _towers: dict = field(default_factory=dict)
+    _tasks: dict = field(default_factory=dict)
 
     def run(self, rows: list[Row], datasets: list[str], seeds: list[int], source: str | None) -> None:
         """Make every row that the results do not hold as it is made today.
@@ -39,7 +41,9 @@ class Laboratory:
                 for row in rows:
                     todo = [t for t in targets if self.again or not self._is_there(row, t, dataset, seed)]
                     if todo:
-                        cell = cell or Cell(dataset, seed, self.root, self.tower(dataset), self.folder)
+                        cell = cell or Cell(
+                            dataset, seed, self.root, self.task(dataset, seed), self.tower(dataset), self.folder
+                        )
                         self._make(row, cell, todo)
             if dataset != source:
                 self.tower(dataset).forget()
@@ -49,6 +53,11 @@ class Laboratory:
             self._towers[dataset] = FrozenTower(configuration(dataset, 1, self.root), self.folder)
         return self._towers[dataset]
 
+    def task(self, dataset: str, seed: int) -> Task:
+        if (dataset, seed) not in self._tasks:
+            self._tasks[dataset, seed] = load_task(configuration(dataset, seed, self.root))
+        return self._tasks[dataset, seed]
+
     def _is_there(self, row: Row, dataset: str, source: str, seed: int) -> bool:
         facts = self.results.facts.get(self._key(row, dataset, source, seed))
         return facts is not None and facts["made"] == self._made(row, source)
@@ -57,8 +66,7 @@ class Laboratory:
         return f"{self.tower(source).fingerprint} {row.settings}"
 
     def _key(self, row: Row, dataset: str, source: str, seed: int) -> Key:
-        name = lambda d: configuration(d, seed, self.root).DATASET.NAME  # noqa: E731
-        return Key(row.name, name(dataset), name(source), seed)
+        return Key(row.name, self.tower(dataset).dataset, self.tower(source).dataset, seed)
 
     def _make(self, row: Row, cell: Cell, targets: list[str]) -> None:
         started = time.time()
@@ -69,9 +77,9 @@ class Laboratory:
         }  # fmt: skip
         finished = {}
         for target in targets:
-            task = cell.task if target == cell.dataset else load_task(configuration(target, cell.seed, self.root))
+            task = self.task(target, cell.seed)
             if task.names != cell.task.names:
-                raise ValueError(f"{target} has other classes than {cell.dataset}: give --source none")
+                raise ValueError(f"{target} has other classes than {cell.dataset}: give --no-cross")
             exam = Exam(task.test.labels.numpy(), task.known)
             answers = made.fitted.answers(task.test, self.tower(target))
             finished[self._key(row, target, cell.dataset, cell.seed)] = facts, answers, exam

@@ -11,17 +11,16 @@ DIFFERENCES = {"difference": "hm", "difference_new": "new", "difference_one_spac
 AVERAGE = "average"
 
 
-def records(results: Results, methods: list[str], datasets: list[str], seeds: list[int], ours: str, source=None) -> list:
+def records(
+    results: Results, methods: list[str], datasets: list[str], seeds: list[int], ours: str, source=None
+) -> list:
     """What `--json` writes: accuracies by method and data set, and differences of ``ours`` to every other method.
 
     Only methods with every one of the seeds on every one of the data sets are listed.
 
     source: where methods were trained; None: each on the data set that it is judged on.
     """
-    keys = {
-        m: [Key(m, d, source or d, s) for d in datasets for s in seeds]
-        for m in methods
-    }  # fmt: skip
+    keys = {m: [Key(m, d, source or d, s) for d in datasets for s in seeds] for m in methods}
     keys = {m: cells for m, cells in keys.items() if cells and all(key in results.facts for key in cells)}
     if not keys:
         return []
@@ -29,7 +28,9 @@ def records(results: Results, methods: list[str], datasets: list[str], seeds: li
     for method, cells in keys.items():
         facts = results.facts[cells[0]]
         mine = {d: [figures(results.answers[k], results.exams[d]) for k in cells if k.dataset == d] for d in datasets}
-        means = {d: {name: float(np.mean([row[name] for row in every])) for name in FIGURES} for d, every in mine.items()}
+        means = {
+            d: {name: float(np.mean([row[name] for row in every])) for name in FIGURES} for d, every in mine.items()
+        }
         means[AVERAGE] = {name: float(np.mean([row[name] for row in means.values()])) for name in FIGURES}
         found += [
             {
@@ -42,6 +43,10 @@ def records(results: Results, methods: list[str], datasets: list[str], seeds: li
     if ours in keys:
         found += [{**record, **trained_on} for record in _differences(results, keys, ours, found)]
     return found
+
+
+def _mean(every) -> dict[str, float]:
+    return {name: float(np.mean([row[name] for row in every])) for name in FIGURES}
 
 
 def _differences(results: Results, keys: dict, ours: str, found: list) -> list:
@@ -61,15 +66,18 @@ def _differences(results: Results, keys: dict, ours: str, found: list) -> list:
     return lines
 
 
-def show(found: list, datasets: list[str], seeds: list[int], console: Console, title: str) -> None:
+def show(found: list, console: Console, title: str) -> None:
     """Print what `records` gave: accuracies on average, HM by data set, what it costs, differences."""
     lines = [record for record in found if "method" in record]
+    if not lines:
+        return
     average = [record for record in lines if record["dataset"] == AVERAGE]
-    heading = f"{title}: {', '.join(datasets)}; {len(seeds)} seed{'s' * (len(seeds) > 1)}"
+    datasets = list(dict.fromkeys(record["dataset"] for record in lines))[:-1]
+    heading = f"{title}: {', '.join(datasets)}; seeds: {lines[0]['seeds']}"
     _print(console, f"{heading}; own halves, then one label space", ["base", "new", "HM", "base", "new", "HM"], [
         [r["method"], *(f"{r[name]:.1f}" for name in FIGURES)] for r in average
     ])  # fmt: skip
-    for name, what in (("hm", "HM of own halves"), ("one_space_hm", "HM in one label space")) if len(datasets) > 1 else ():
+    for name, what in (("hm", "HM of own halves"), ("one_space_hm", "HM in one label space")):
         cell = {(r["method"], r["dataset"]): f"{r[name]:.1f}" for r in lines}
         for part in (datasets[i : i + 6] for i in range(0, len(datasets), 6)):
             _print(console, what, part, [[r["method"], *(cell[r["method"], d] for d in part)] for r in average])

@@ -1,6 +1,8 @@
 """What is learned and what is judged: pictures and classes, whole and in miniature, and what the frozen tower sees."""
 
+import contextlib
 import hashlib
+import io
 import math
 import os
 from dataclasses import dataclass
@@ -71,7 +73,8 @@ def configuration(dataset: str, seed: int, root: str, trainer: str = "CoOp", opt
 
 def load_task(cfg) -> Task:
     """The base-to-new task of a configuration's data set: the first half of the classes (the larger one) is known."""
-    data = build_dataset(cfg)
+    with contextlib.redirect_stdout(io.StringIO()):
+        data = build_dataset(cfg)
     parts = {
         part: Scenes([item.impath for item in items], torch.tensor([item.label for item in items], dtype=torch.long))
         for part, items in (("train", data.train_x), ("val", data.val or []), ("test", data.test))
@@ -101,13 +104,14 @@ class FrozenTower:
             )
         self.transform = build_transform(cfg, is_train=False)
         self.device = torch.device("cuda" if torch.cuda.is_available() and cfg.USE_CUDA else "cpu")
+        self.dataset = cfg.DATASET.NAME
         self.clip = load_clip(cfg.MODEL.BACKBONE.NAME, self.device)
         self.vision = self.clip.visual
         digest = hashlib.blake2b(digest_size=8)
         for tensor in self.clip.state_dict().values():
             digest.update(tensor.cpu().numpy().tobytes())
         self.fingerprint = digest.hexdigest()
-        self._file = Path(folder) / f"{self.fingerprint}-{cfg.DATASET.NAME}.npz"
+        self._file = Path(folder) / f"{self.fingerprint}-{self.dataset}.npz"
         self._known, self._row, self._states = None, {}, {}
 
     def pictures(self, paths: list[str]) -> Tensor:

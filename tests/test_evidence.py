@@ -1,0 +1,180 @@
+"""`spotlighter evidence` on coloured squares: rows run once, are kept, and are printed without running again."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from evidence_kit import NAMES, write_family
+
+from spotlighter_plugin.cli import main
+from spotlighter_plugin.workbench.evidence import command, plugin, rows
+from spotlighter_plugin.workbench.evidence.judge import Answers, Exam
+from spotlighter_plugin.workbench.evidence.results import Key, Results
+from spotlighter_plugin.workbench.evidence.tasks import FrozenTower, Scenes, configuration, load_task
+
+ACCURACIES = {"base", "new", "hm", "one_space_base", "one_space_new", "one_space_hm"}
+KEYS = ACCURACIES | {"method", "dataset", "operations_ratio", "trained", "memory_mb", "seeds"}
+
+
+@pytest.fixture
+def family(tmp_path, monkeypatch):
+    """Configuration files of two small data sets; rows are tuned over two settings and trained for a moment."""
+    monkeypatch.setattr(rows, "LENGTHS", (1, 2))
+    monkeypatch.setattr(rows, "SHORT", (1,))
+    monkeypatch.setattr(rows, "RATES", (0.01, 0.05))
+    monkeypatch.setattr(command, "FOLDER", tmp_path / "kept")
+    return write_family(tmp_path, monkeypatch)
+
+
+def evidence(tmp_path, family, *flags):
+    where = ["--results", str(tmp_path / "rows.npz"), "--json", str(tmp_path / "rows.json"), "--root", str(tmp_path)]
+    try:
+        main(["evidence", "--datasets", *family, "--seeds", "1", *where, *flags])
+    except SystemExit as ended:
+        return ended.code or 0
+    return 0
+
+
+def test_a_table_is_run_once_written_as_records_and_shown_again(tmp_path, family, capsys):
+    names = ["zero-shot", "CoOp", "CoOp + cache", "CoOp + Gaussian classifier, open", "CoOp + Spotlighter"]
+    assert evidence(tmp_path, family, "--rows", *names) == 0
+    records = json.loads((tmp_path / "rows.json").read_text())
+    accuracies = [record for record in records if "method" in record]
+    own, moved = ([r for r in accuracies if ("trained_on" in r) == there] for there in (False, True))
+    assert {(r["method"], r["dataset"]) for r in own} == {
+        (name, dataset) for name in names for dataset in ("Tiles", "TilesDark", "average")
+    }
+    assert {(r["dataset"], r["trained_on"]) for r in moved} == {("TilesDark", "Tiles"), ("average", "Tiles")}
+    assert all(set(record) - {"trained_on"} == KEYS for record in accuracies)
+    assert all(0 <= record[name] <= 100 for record in accuracies for name in ACCURACIES)
+    spotlighter = next(record for record in own if record["method"] == names[-1])
+    assert 0 < spotlighter["operations_ratio"] < 1 and spotlighter["memory_mb"] > 0
+    differences = [record for record in records if "of" in record]
+    assert {kind for r in differences for kind in r if kind.startswith("difference")} == {
+        "difference", "difference_new", "difference_one_space",
+    }  # fmt: skip
+    assert all(r["of"] == names[-1] and r["low"] <= r["high"] for r in differences)
+
+    printed = capsys.readouterr().out
+    assert all(f"seed 1: {name} (" in printed for name in names)
+    written = (tmp_path / "rows.npz").stat().st_mtime_ns
+    assert evidence(tmp_path, family, "--rows", *names) == 0  # nothing is missing
+    assert evidence(tmp_path, family, "--show") == 0
+    assert (tmp_path / "rows.npz").stat().st_mtime_ns == written
+    printed = capsys.readouterr().out
+    assert "seed 1:" not in printed and "Not there yet" in printed and "CoOp + Spotlighter, paper" in printed
+    assert json.loads((tmp_path / "rows.json").read_text()) == records
+
+
+def test_rows_of_other_settings_are_run_again_and_other_rows_stay(tmp_path, family, monkeypatch, capsys):
+    assert evidence(tmp_path, family[:1], "--rows", "zero-shot", "CoOp") == 0
+    monkeypatch.setattr(rows, "RATES", (0.02, 0.05))
+    capsys.readouterr()
+    assert evidence(tmp_path, family[:1], "--rows", "zero-shot", "CoOp") == 0
+    printed = capsys.readouterr().out
+    assert "seed 1: CoOp (" in printed and "seed 1: zero-shot (" not in printed
+    assert evidence(tmp_path, family[:1], "--rows", "zero-shot", "--again") == 0
+    assert "seed 1: zero-shot (" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--rows", "CoOp + magic"], "--rows CoOp + magic: no such row"),
+        (["--host", "magic"], "--host magic: take one of coop"),
+        (["--show"], "no finished rows are kept there"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, family, capsys, flags, said):
+    assert evidence(tmp_path, family, *flags) == 1
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def task_of(tmp_path, family):
+    return load_task(configuration(family[0], 1, str(tmp_path)))
+
+
+def test_a_miniature_is_made_of_base_classes_and_their_validation_pictures_alone(tmp_path, family):
+    task = task_of(tmp_path, family)
+    small = task.miniature()
+    assert (task.names, task.known) == (list(NAMES), 3) and (small.names, small.known) == (list(NAMES[:3]), 2)
+    assert small.test.paths == task.held_out.paths and set(small.shots.labels.tolist()) == {0, 1}
+    assert set(small.others.labels.tolist()) == {2} and set(task.others.labels.tolist()) == {3, 4, 5}
+    looked_at = {*small.shots.paths, *small.others.paths, *small.test.paths}
+    assert not looked_at & {*task.test.paths, *task.others.paths}
+
+
+def test_features_are_kept_by_what_a_picture_holds(tmp_path, family, monkeypatch):
+    task, cfg = task_of(tmp_path, family), configuration(family[0], 1, str(tmp_path))
+    tower = FrozenTower(cfg, tmp_path / "kept")
+    first = tower.features(task.test.paths)
+    with torch.no_grad():
+        seen = tower.vision(tower.pictures(task.test.paths))
+    assert torch.allclose(first, seen / seen.norm(dim=-1, keepdim=True), atol=1e-5)
+
+    again, asked = FrozenTower(cfg, tmp_path / "kept"), []
+    monkeypatch.setattr(again, "pictures", lambda paths: asked.append(paths) or tower.pictures(paths))
+    assert torch.equal(again.features(task.test.paths), first) and not asked
+    moved = shutil.copy(task.test.paths[0], tmp_path / "moved.png")
+    assert torch.equal(again.features([str(moved)]), first[:1]) and not asked
+    again.features(task.shots.paths[:2])
+    assert asked == [task.shots.paths[:2]]
+
+
+def test_spotlighter_on_kept_states_answers_as_on_pictures(tmp_path, family):
+    cell = rows.Cell(
+        family[0], 1, str(tmp_path), task_of(tmp_path, family),
+        FrozenTower(configuration(family[0], 1, str(tmp_path)), tmp_path), tmp_path,
+    )  # fmt: skip
+    task, tower = cell.task, cell.tower
+    attached = plugin.attach(cell.host[2], rows.SpotlighterConfig(), task, tower)
+    answers = attached.answers(task.test, tower)
+    is_base = (task.test.labels < task.known).numpy()
+    for names, mine, low, right in (
+        (task.names, slice(None), 0, answers.one),
+        (task.names[:3], is_base, 0, answers.own[is_base]),
+        (task.names[3:], ~is_base, 3, answers.own[~is_base]),
+    ):
+        paths, labels = np.array(task.test.paths)[mine].tolist(), task.test.labels[mine] - low
+        with torch.no_grad():
+            logits = attached.wrapper(names, tower.device)(tower.pictures(paths))
+        assert ((logits.argmax(1) == labels).numpy() == right).mean() > 0.9
+
+
+def some_rows(n=11, seed=0):
+    rng = np.random.default_rng(seed)
+    return Answers(rng.random(n) < 0.5, rng.random(n) < 0.5), Exam(np.arange(n) % 4, 2)
+
+
+def test_finished_rows_come_back_as_they_were_kept(tmp_path):
+    kept, (answers, exam) = Results(tmp_path / "rows.npz"), some_rows()
+    key, facts = Key("CoOp", "Tiles", "Tiles", 1), {"trained": 5, "chosen": {"rate": 0.1}, "made": "so"}
+    kept.put({key: (facts, answers, exam)})
+    again = Results(tmp_path / "rows.npz")
+    assert again.facts == {key: facts} and again.exams["Tiles"].known == 2
+    assert np.array_equal(again.answers[key].own, answers.own) and np.array_equal(again.answers[key].one, answers.one)
+    assert np.array_equal(again.exams["Tiles"].labels, exam.labels)
+
+
+def test_two_processes_add_rows_to_one_file(tmp_path):
+    first, second = Results(tmp_path / "rows.npz"), Results(tmp_path / "rows.npz")
+    keys = [Key(name, "Tiles", "Tiles", 1) for name in ("CoOp", "zero-shot")]
+    for results, key in zip((first, second), keys, strict=True):
+        results.put({key: ({"made": ""}, *some_rows())})
+    assert set(Results(tmp_path / "rows.npz").facts) == set(keys)
+
+
+def test_rows_judged_on_other_pictures_are_forgotten(tmp_path):
+    kept = Results(tmp_path / "rows.npz")
+    keys = [Key(name, "Tiles", "Tiles", 1) for name in ("CoOp", "zero-shot")]
+    kept.put({keys[0]: ({"made": ""}, *some_rows(11))})
+    kept.put({keys[1]: ({"made": ""}, *some_rows(12))})
+    assert set(kept.facts) == {keys[1]}
+
+
+def test_scenes_of_some_classes_keep_their_labels():
+    some = Scenes(["a", "b", "c"], torch.tensor([0, 2, 1])).of_classes(1, 3)
+    assert some.paths == ["b", "c"] and some.labels.tolist() == [2, 1]
