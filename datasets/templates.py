@@ -30,7 +30,12 @@ GENERAL = (
     "itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.", "a {} in a video game.",
     "art of the {}.", "a photo of the small {}.",
 )  # fmt: skip
-ENSEMBLES = {}
+ICONS = (
+    "a photo of a {}.", "a picture of a {}.", "a drawing of a {}.", "a image of a {}.", "a photo of a small {}.",
+    "a photo of a large {}.", "a dark photo of a {}.", "a negative photo of a {}.", "a colourful photo of a {}.",
+    "a pixelated photo of a {}.", "a photo of a {} in the middle.", "a photo of a {} at the top.",
+)  # fmt: skip
+ENSEMBLES = {f"IconScenes{domain}": ICONS for domain in ("", "Inverted", "Colour", "Pixel", "Dark")}
 
 
 def prompt(dataset: str) -> str:

@@ -21,7 +21,7 @@ KEYS = ACCURACIES | {"method", "dataset", "operations_ratio", "trained", "memory
 @pytest.fixture
 def family(tmp_path, monkeypatch):
     """Configuration files of two small data sets; rows are tuned over two settings and trained for a moment."""
-    monkeypatch.setattr(rows, "LENGTHS", (1, 2))
+    monkeypatch.setattr(rows, "LENGTHS", (1,))
     monkeypatch.setattr(rows, "SHORT", (1,))
     monkeypatch.setattr(rows, "RATES", (0.01, 0.05))
     monkeypatch.setattr(command, "FOLDER", tmp_path / "kept")

@@ -24,8 +24,8 @@ from .plugin import Attached, attach, first_hooked, measure
 from .tasks import FrozenTower, Scenes, Task, configuration, written_aside
 
 OPEN = ", open"
-LENGTHS, SHORT, RATES = (5, 20, 60), (2, 5, 15), (0.03, 0.1, 0.3)
-S = "TRAINER.SPOTLIGHTER."
+LENGTHS, SHORT, RATES = (3, 10, 30), (2, 5, 15), (0.03, 0.1, 0.3)  # epochs without and with tokens, learning rates
+WEIGHTS = (20.0, 5.0, 1.0)  # of L_reg_text
 
 
 class Fitted(Protocol):
@@ -59,12 +59,13 @@ class Row:
 
 @dataclass
 class HeadFit:
-    """A head that has learned."""
+    """A head that has learned, on a host's texts or without one."""
 
     head: heads.Head
     state: dict
     texts: heads.Texts
     known: int
+    host: Host | None
 
     def answers(self, scenes: Scenes, tower: FrozenTower) -> Answers:
         logits = self.head.logits(self.state, tower.features(scenes.paths), self.texts)
@@ -85,17 +86,24 @@ class ReleasedFit:
 
 
 class Cell:
-    """One data set and one seed: the task, its miniature, and the hosts trained on both."""
+    """One data set and one seed: the task, its miniature, and the host trained on both.
 
-    def __init__(self, dataset: str, seed: int, root: str, task: Task, tower: FrozenTower, folder: Path):
-        self.dataset, self.seed, self.root, self.task, self.tower, self.folder = (
-            dataset,
-            seed,
-            root,
-            task,
-            tower,
-            folder,
-        )
+    first: the cell of the first seed, on whose miniature everything that is trained gets its rate and length; None for
+        that cell itself. Heads, which cost little, are tuned by each cell.
+    """
+
+    def __init__(
+        self,
+        dataset: str,
+        seed: int,
+        root: str,
+        task: Task,
+        tower: FrozenTower,
+        folder: Path,
+        first: "Cell | None" = None,
+    ):
+        self.dataset, self.seed, self.root = dataset, seed, root
+        self.task, self.tower, self.folder, self.first = task, tower, folder, first or self
         self._texts = {}
 
     @cached_property
@@ -105,17 +113,18 @@ class Cell:
     def train(self, task: Task, trainer: str, options: dict, parts=(), block=None) -> Host:
         return train(task, View(self.tower, block), trainer, self.dataset, self.seed, self.root, options, parts)
 
-    def tuned(self, name: str, grid, make: Callable[[Task, dict], Fitted]) -> tuple[dict, Fitted]:
-        """The setting with the best harmonic mean on the miniature, and what it gives on the task itself."""
-        kept = self.folder / f"{self.tower.fingerprint}-{self.tower.dataset}-{self.seed}-{name}.json"
+    def tuned(self, name: str, grid, make: Callable[["Cell", Task, dict], Fitted]) -> tuple[dict, Fitted]:
+        """The setting with the best harmonic mean on the first cell's miniature, and what it gives on the task."""
+        first = self.first
+        kept = self.folder / f"{self.tower.fingerprint}-{self.tower.dataset}-{first.seed}-{name}.json"
         written = json.loads(kept.read_text()) if kept.exists() else {}
         if written.get("grid") != list(grid):
-            means = [self.means(make(self.mini, setting))[0] for setting in grid]
+            means = [first.means(make(first, first.mini, setting))[0] for setting in grid]
             written = {"grid": list(grid), "means": means}
             with written_aside(kept) as aside:
                 aside.write_text(json.dumps(written))
         best = grid[written["means"].index(max(written["means"]))]
-        return best, make(self.task, best)
+        return best, make(self, self.task, best)
 
     def means(self, fitted: Fitted) -> tuple[float, float]:
         """HM of own halves and in one label space, on the miniature."""
@@ -126,15 +135,8 @@ class Cell:
     @cached_property
     def host(self) -> tuple[dict, Host, Host]:
         """CoOp at its best rate and length: the setting, trained on the miniature, and on the task."""
-        hosts = {}
-
-        def make(task, setting):
-            hosts[task.known, len(task.names)] = host = self.train(task, "CoOp", setting)
-            return self.head_on(host, task, "host")
-
-        best, _ = self.tuned("CoOp", _rates(LENGTHS), make)
-        make(self.mini, best)
-        return best, hosts[self.mini.known, len(self.mini.names)], hosts[self.task.known, len(self.task.names)]
+        best, fitted = self.tuned("CoOp", _rates(LENGTHS), _trained("CoOp"))
+        return best, self.train(self.mini, "CoOp", best), fitted.host
 
     def texts(self, host: Host | None, task: Task) -> heads.Texts:
         """The host's texts (those of the hand-written prompt where there is none) beside those of frozen CLIP."""
@@ -160,7 +162,7 @@ class Cell:
             shots = Scenes(shots.paths + task.others.paths, torch.cat([shots.labels, task.others.labels]))
         texts = texts or self.texts(host, task)
         features, labels = self.tower.features(shots.paths), shots.labels.to(self.tower.device)
-        return HeadFit(head, head.fit(features, labels, texts, task.known, **(setting or {})), texts, task.known)
+        return HeadFit(head, head.fit(features, labels, texts, task.known, **(setting or {})), texts, task.known, host)
 
 
 def rows(host: str = "CoOp") -> list[Row]:
@@ -169,8 +171,8 @@ def rows(host: str = "CoOp") -> list[Row]:
     return [
         Row("zero-shot", _zero_shot("zero-shot")),
         Row("zero-shot + templates", _zero_shot("zero-shot + templates")),
-        Row(host, lambda cell: _host(cell), (_rates(LENGTHS))),
-        Row(f"{host} + L_reg_text", _regularised, "1 5 20"),
+        Row(host, _host, _rates(LENGTHS)),
+        Row(f"{host} + L_reg_text", _regularised, (WEIGHTS, LENGTHS)),
         *(
             Row(f"{host} + {name}{suffix}", _tuned_head(name, suffix), heads.HEADS[name].grid)
             for suffix in ("", OPEN) for name in ("text residual", "templates", *memory)
@@ -178,7 +180,7 @@ def rows(host: str = "CoOp") -> list[Row]:
         Row("linear probe, shots of all classes", _tuned_head("linear probe", ""), heads.HEADS["linear probe"].grid),
         Row(f"{host} + TextRefiner", _released(False), _rates(SHORT)),
         Row(f"{host} + Spotlighter, as released", _released(True), _rates(SHORT)),
-        Row(f"{host} + Spotlighter, paper", _trained_with({"PRESET": "paper"}), _settings(preset="paper")),
+        Row(f"{host} + Spotlighter, paper", _trained_with(preset="paper"), _settings(preset="paper")),
         Row(f"{host} + Spotlighter, random tokens", _attached(activation="random"), _settings(activation="random")),
         Row(f"{host} + Spotlighter", _attached(), _settings()),
     ]  # fmt: skip
@@ -210,33 +212,36 @@ def _tuned_head(name: str, suffix: str):
     return make
 
 
-def _regularised(cell: Cell) -> Made:
-    grid = tuple({"weight": w, "OPTIM.MAX_EPOCH": n} for n in LENGTHS for w in (20.0, 5.0, 1.0))
-    trained = {}
+def _trained(trainer: str, parts: Callable[[dict], tuple] = lambda setting: ()):
+    """How a host is trained with a setting of its grid; what is no option goes to its ``parts``."""
 
-    def make(task, setting):
-        part = type("Regularised", (TextRegularised,), {"weight": setting["weight"]})
-        options = {"OPTIM.LR": RATES[1], "OPTIM.MAX_EPOCH": setting["OPTIM.MAX_EPOCH"]}
-        trained["host"] = host = cell.train(task, "CoOp", options, (part,))
+    def make(cell: Cell, task: Task, setting: dict) -> HeadFit:
+        options = {name: value for name, value in setting.items() if name.isupper()}
+        host = cell.train(task, trainer, options, parts(setting))
         return cell.head_on(host, task, "host")
 
-    best, fitted = cell.tuned("L_reg_text", grid, make)
-    return Made(fitted, trained["host"].trained, chosen=best)
+    return make
+
+
+def _regularised(cell: Cell) -> Made:
+    grid = tuple({"weight": w, "OPTIM.LR": RATES[1], "OPTIM.MAX_EPOCH": n} for n in LENGTHS for w in WEIGHTS)
+    part = lambda setting: (type("Regularised", (TextRegularised,), {"weight": setting["weight"]}),)  # noqa: E731
+    best, fitted = cell.tuned("L_reg_text", grid, _trained("CoOp", part))
+    return Made(fitted, fitted.host.trained, chosen=best)
 
 
 def _released(image_branch: bool):
-    def make(cell: Cell) -> Made:
+    def make(cell: Cell, task: Task, setting: dict) -> ReleasedFit:
         last = len(cell.tower.vision.transformer.resblocks) - 1
+        options = {**setting, "TRAINER.RELEASED.IMAGE_BRANCH": image_branch}
+        return ReleasedFit(cell.train(task, "CoOpReleased", options, block=last), task)
 
-        def make(task, setting):
-            options = {**setting, "TRAINER.RELEASED.IMAGE_BRANCH": image_branch}
-            return ReleasedFit(cell.train(task, "CoOpReleased", options, block=last), task)
-
+    def row(cell: Cell) -> Made:
         best, fitted = cell.tuned("released" if image_branch else "TextRefiner", _rates(SHORT), make)
         memory = fitted.host.state["refiner.memory"]
         return Made(fitted, fitted.host.trained, memory.numel() * 4 / 1e6, chosen=best)
 
-    return make
+    return row
 
 
 def _attached(**options):
@@ -251,23 +256,24 @@ def _attached(**options):
     return make
 
 
-def _trained_with(options: dict):
+def _trained_with(**options):
     """Spotlighter trained together with the host."""
-    given = {S + name: value for name, value in options.items()}
+    given = {f"TRAINER.SPOTLIGHTER.{name.upper()}": value for name, value in options.items()}
 
-    def make(cell: Cell) -> Made:
-        def make(task, setting):
-            config = from_cfg(configuration(cell.dataset, cell.seed, cell.root, "CoOpSpotlighter", given))
-            untrained = Attached(cell.host[2], config, task, {}, 0)
-            block = first_hooked(untrained.wrapper(task.names[: task.known], cell.tower.device))
-            host = cell.train(task, "CoOpSpotlighter", {**given, **setting}, block=block)
-            return attach(host, config, task, cell.tower)
+    def make(cell: Cell, task: Task, setting: dict) -> Attached:
+        config = from_cfg(configuration(cell.dataset, cell.seed, cell.root, "CoOpSpotlighter", given))
+        untrained = Attached(cell.host[2], config, cell.task, {}, 0)
+        block = first_hooked(untrained.wrapper(cell.task.names[: cell.task.known], cell.tower.device))
+        host = cell.train(task, "CoOpSpotlighter", {**given, **setting}, block=block)
+        return attach(host, config, task, cell.tower)
 
-        best, fitted = cell.tuned(f"Spotlighter-{'-'.join(map(str, options.values()))}", _rates(SHORT), make)
+    def row(cell: Cell) -> Made:
+        name = "-".join(["Spotlighter", *map(str, options.values())])
+        best, fitted = cell.tuned(name, _rates(SHORT), make)
         share, megabytes = measure(fitted, cell.tower)
         return Made(fitted, fitted.host.trained, megabytes, share, best)
 
-    return make
+    return row
 
 
 def _rates(lengths) -> tuple[dict, ...]:

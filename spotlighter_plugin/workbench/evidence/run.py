@@ -36,15 +36,14 @@ class Laboratory:
         """
         for dataset in datasets:
             targets = [dataset, *(d for d in datasets if dataset == source and d != source)]
+            cells = {}
             for seed in seeds:
-                cell = None
                 for row in rows:
                     todo = [t for t in targets if self.again or not self._is_there(row, t, dataset, seed)]
                     if todo:
-                        cell = cell or Cell(
-                            dataset, seed, self.root, self.task(dataset, seed), self.tower(dataset), self.folder
-                        )
-                        self._make(row, cell, todo)
+                        for each in (seeds[0], seed):
+                            cells[each] = cells.get(each) or self._cell(dataset, each, cells.get(seeds[0]))
+                        self._make(row, cells[seed], todo)
             if dataset != source:
                 self.tower(dataset).forget()
 
@@ -52,6 +51,9 @@ class Laboratory:
         if dataset not in self._towers:
             self._towers[dataset] = FrozenTower(configuration(dataset, 1, self.root), self.folder)
         return self._towers[dataset]
+
+    def _cell(self, dataset: str, seed: int, first: Cell | None) -> Cell:
+        return Cell(dataset, seed, self.root, self.task(dataset, seed), self.tower(dataset), self.folder, first)
 
     def task(self, dataset: str, seed: int) -> Task:
         if (dataset, seed) not in self._tasks:

@@ -5,6 +5,7 @@ import hashlib
 import io
 import math
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,7 +103,8 @@ class FrozenTower:
                 f"INPUT.TRANSFORMS {list(cfg.INPUT.TRANSFORMS)}: evidence is judged on pictures as they are; "
                 "set INPUT.TRANSFORMS \"('normalize',)\""
             )
-        self.transform = build_transform(cfg, is_train=False)
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.transform = build_transform(cfg, is_train=False)
         self.device = torch.device("cuda" if torch.cuda.is_available() and cfg.USE_CUDA else "cpu")
         self.dataset = cfg.DATASET.NAME
         self.clip = load_clip(cfg.MODEL.BACKBONE.NAME, self.device)
@@ -116,7 +118,8 @@ class FrozenTower:
 
     def pictures(self, paths: list[str]) -> Tensor:
         """(n, 3, h, w), normalized, on the device."""
-        return torch.stack([self.transform(read_image(path)) for path in paths]).to(self.device)
+        with ThreadPoolExecutor() as pool:
+            return torch.stack(list(pool.map(lambda path: self.transform(read_image(path)), paths))).to(self.device)
 
     @torch.no_grad()
     def features(self, paths: list[str]) -> Tensor:
