@@ -10,6 +10,7 @@ from yacs.config import CfgNode
 
 from datasets.templates import PLAIN, TEMPLATES
 from spotlighter_plugin.towers.clip import tokenize
+from spotlighter_plugin.towers.packing import common_prefix
 from spotlighter_plugin.towers.prompts import CLIPClassifier, TextEncoder, normalize
 
 from .host import HostTrainer
@@ -33,7 +34,8 @@ class FittedTowers(nn.Module):
         with torch.no_grad():
             device = clip_model.token_embedding.weight.device
             prompt = clip_model.token_embedding(self.clip_tokenized_prompt.to(device)).type(clip_model.dtype)
-            frozen = self.text_encoder(prompt, self.clip_tokenized_prompt)
+            self.shared = common_prefix(self.clip_tokenized_prompt)
+            frozen = self.text_encoder(prompt, self.clip_tokenized_prompt, self.shared)
         self.register_buffer("clip_prompt", prompt, persistent=False)  # (C, 77, w)
         self.register_buffer("text_features", frozen, persistent=False)  # (C, d), before any training
         for name, parameter in self.text_encoder.named_parameters():
@@ -56,7 +58,7 @@ class CustomCLIP(CLIPClassifier):
 
     def encode_text(self):
         towers = self.prompt_learner
-        return towers.text_encoder(towers.clip_prompt, towers.clip_tokenized_prompt)
+        return towers.text_encoder(towers.clip_prompt, towers.clip_tokenized_prompt, towers.shared)
 
 
 @TRAINER_REGISTRY.register()

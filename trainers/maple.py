@@ -67,7 +67,8 @@ class CustomCLIP(PromptedCLIP):
         self.vision_prompts = DeepPrompts(learner.vision_prompts, learner.n_ctx).into_vision(clip_model.visual, depth)
 
     def encode_text(self):
-        return self.text_encoder(PromptLearner.forward(self.prompt_learner), self.tokenized_prompts)
+        prompts = PromptLearner.forward(self.prompt_learner)
+        return self.text_encoder(prompts, self.tokenized_prompts, self.prompt_learner.shared)
 
 
 @TRAINER_REGISTRY.register()

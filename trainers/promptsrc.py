@@ -14,6 +14,7 @@ from yacs.config import CfgNode
 
 from spotlighter_plugin.towers.clip import encode_tokens, tokenize
 from spotlighter_plugin.towers.deep_prompts import checked_depth, own_text_prompts, own_vision_prompts
+from spotlighter_plugin.towers.packing import common_prefix
 from spotlighter_plugin.towers.prompts import PromptedCLIP, PromptLearner, normalize
 
 from .host import HostTrainer
@@ -116,7 +117,7 @@ class PromptSRC(HostTrainer):
                 for template in ENSEMBLE:
                     ids = tokenize([template.format(name) for name in names])  # (C, 77)
                     embeddings = table(ids.to(self.device)).type(self.model.dtype)  # (C, 77, w)
-                    total = total + encode_tokens(encoder, embeddings, ids)
+                    total = total + encode_tokens(encoder, embeddings, ids, common_prefix(ids))
             self.fixed_text = normalize(total)
         return self.fixed_text
 

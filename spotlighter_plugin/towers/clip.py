@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import urllib.error
 import zipfile
-from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors.torch
@@ -18,6 +17,7 @@ from clip import clip as openai_clip
 from clip.model import CLIP, VisionTransformer, convert_weights
 
 from ..compat import openai_clip_model
+from .packing import Packing, common_prefix
 
 build_model = openai_clip_model().build_model
 WEIGHTS = Path(__file__).parents[1] / "weights"
@@ -80,18 +80,22 @@ def tokenize(texts: list[str]) -> torch.Tensor:
         raise ValueError(f"{error}: shorten the class name or the prompt (N_CTX, CTX_INIT)") from None
 
 
-def encode_tokens(tower: torch.nn.Module, embeddings: torch.Tensor, tokenized: torch.Tensor) -> torch.Tensor:
+def encode_tokens(
+    tower: torch.nn.Module, embeddings: torch.Tensor, tokenized: torch.Tensor, shared: int = 1
+) -> torch.Tensor:
     """Run CLIP's text tower on given token embeddings.
 
     tower: anything with transformer, positional_embedding, ln_final and text_projection (a CLIP, a TextEncoder).
-    embeddings: (C, T, w); tokenized: (C, T) ids, whose largest id marks the end of a text.
+    embeddings: (C, T, w); tokenized: (C, T) ids, whose largest id marks the end of a text. shared: how many leading
+    positions of all texts have one and the same embedding, which is encoded once for several texts, and whose gradient
+    goes to the first text's.
     Returns (C, d), not normalized. What follows the longest text's end is never computed: attention is causal, so
     nothing before it depends on it. Without gradient, classes go through in chunks of TEXT_CHUNK.
     """
     if torch.is_grad_enabled() or len(embeddings) <= TEXT_CHUNK:
-        return _encode_chunk(tower, embeddings, tokenized)
+        return _encode_chunk(tower, embeddings, tokenized, shared)
     pairs = zip(embeddings.split(TEXT_CHUNK), tokenized.split(TEXT_CHUNK), strict=True)
-    return torch.cat([_encode_chunk(tower, chunk, ids) for chunk, ids in pairs])  # (C, d)
+    return torch.cat([_encode_chunk(tower, chunk, ids, shared) for chunk, ids in pairs])  # (C, d)
 
 
 @torch.no_grad()
@@ -100,33 +104,18 @@ def encode_prompts(clip_model: CLIP, texts: list[str]) -> torch.Tensor:
     features = []
     for ids in tokenize(texts).to(clip_model.token_embedding.weight.device).split(TEXT_CHUNK):
         embeddings = clip_model.token_embedding(ids).type(clip_model.dtype)  # (chunk, 77, w)
-        features.append(encode_tokens(clip_model, embeddings, ids))
+        features.append(encode_tokens(clip_model, embeddings, ids, common_prefix(ids)))
     features = torch.cat(features)  # (C, d)
     return features / features.norm(dim=-1, keepdim=True)
 
 
-def _encode_chunk(tower, embeddings, tokenized):
-    end = tokenized.argmax(dim=-1)  # (C,) position of the end-of-text token
-    length = int(end.max()) + 1
+def _encode_chunk(tower, embeddings, tokenized, shared):
+    length = int(tokenized.argmax(dim=-1).max()) + 1
     x = embeddings[:, :length] + tower.positional_embedding[:length].type(embeddings.dtype)  # (C, length, w)
-    with _shorter_mask(tower.transformer, x):
-        x = tower.transformer(x.permute(1, 0, 2))  # (length, C, w)
-    x = x[end.to(x.device), torch.arange(x.shape[1], device=x.device)]  # (C, w)
+    packing = Packing(tokenized, shared, x.shape[-1])
+    with packing.masking(tower.transformer, x):
+        x = packing.unpack(tower.transformer(packing.pack(x)))  # (C, w)
     return tower.ln_final(x) @ tower.text_projection  # (C, d)
-
-
-@contextmanager
-def _shorter_mask(transformer, x):
-    """Let the blocks see sequences as long as x, (C, length, w): OpenAI's hold one causal mask of the full context."""
-    length, blocks = x.shape[1], transformer.resblocks
-    mask = blocks[0].attn_mask.to(x)  # (77, 77); stays where x is, as after a pass of OpenAI's own
-    for block in blocks:
-        block.attn_mask = mask[:length, :length]
-    try:
-        yield
-    finally:
-        for block in blocks:
-            block.attn_mask = mask
 
 
 # --------------------------------------------------------------------------------------------------- reading, writing

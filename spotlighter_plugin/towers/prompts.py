@@ -10,12 +10,16 @@ from clip.model import CLIP
 from torch import nn
 
 from .clip import encode_tokens, tokenize
+from .packing import common_prefix
 
 POSITIONS = ("end", "middle", "front")
 
 
 class TextEncoder(nn.Module):
-    """CLIP's text tower on given token embeddings (C, 77, w): embeddings of the classes (C, d), not normalized."""
+    """CLIP's text tower on given token embeddings (C, 77, w): embeddings of the classes (C, d), not normalized.
+
+    shared: how many leading positions are the same for all classes, as ``PromptLearner.shared`` says.
+    """
 
     def __init__(self, clip_model: CLIP):
         super().__init__()
@@ -24,8 +28,8 @@ class TextEncoder(nn.Module):
         self.ln_final = clip_model.ln_final
         self.text_projection = clip_model.text_projection
 
-    def forward(self, prompts: torch.Tensor, tokenized_prompts: torch.Tensor) -> torch.Tensor:
-        return encode_tokens(self, prompts, tokenized_prompts)
+    def forward(self, prompts: torch.Tensor, tokenized_prompts: torch.Tensor, shared: int = 1) -> torch.Tensor:
+        return encode_tokens(self, prompts, tokenized_prompts, shared)
 
 
 class PromptLearner(nn.Module):
@@ -56,6 +60,8 @@ class PromptLearner(nn.Module):
         self.register_buffer("token_prefix", embeddings[:, :1])  # (C, 1, w) start of text
         self.register_buffer("token_suffix", embeddings[:, 1 + self.n_ctx :])  # (C, 76 - n_ctx, w) name, end, padding
         self.register_buffer("order", self._order(names, position), persistent=False)  # (C, 77) or None
+        alike = {"front": 1, "middle": 1 + self.n_ctx // 2, "end": common_prefix(self.tokenized_prompts)}
+        self.shared = 1 if per_class else alike[position]  # leading positions of which all classes have the same
 
     @staticmethod
     def _initial_context(clip_model, n_ctx, ctx_init, copies):
@@ -139,7 +145,7 @@ class PromptedCLIP(CLIPClassifier):
         self.logit_scale = clip_model.logit_scale
 
     def encode_text(self) -> torch.Tensor:
-        return self.text_encoder(self.prompt_learner(), self.tokenized_prompts)
+        return self.text_encoder(self.prompt_learner(), self.tokenized_prompts, self.prompt_learner.shared)
 
 
 def normalize(features: torch.Tensor) -> torch.Tensor:
