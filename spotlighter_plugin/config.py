@@ -4,11 +4,10 @@ import math
 from dataclasses import dataclass, fields
 from itertools import pairwise
 
-ACTIVATIONS = ("attention", "contribution", "lens", "value", "random")
-MAPPINGS = ("none", "gated", "full", "linear+linear", "transformer+transformer", "transformer+linear")
+ACTIVATIONS = ("attention", "lens", "random")
+MAPPINGS = ("none", "full", "linear+linear", "transformer+transformer", "transformer+linear")
 LEVELS = ("1+2", "1", "2")
 LOSSES = ("gra", "gra_low", "gra_high", "reg_text", "kl_visual", "local")
-SIGNS = ("signed", "positive", "absolute")
 
 # One row per option, one dictionary per preset. An option that is left at None takes its preset's value.
 PRESETS = {
@@ -85,7 +84,7 @@ class SpotlighterConfig:
     lambda3: float | None = None
     """λ3 ≥ 0, weight of L_KL_visual + L_local, Eq. 15. Paper: 0.1."""
     mapping: str | None = None
-    """IRM and TRM, Eq. 8-11: one of ``MAPPINGS``. ``gated`` trains 21 parameters on ViT-B/16."""
+    """IRM and TRM, Eq. 8-11: one of ``MAPPINGS``."""
     levels: str | None = None
     """Tokens used at inference: ``1`` the upper half, ``2`` the lower half, ``1+2`` all k in one pass."""
     activation: str | None = None
@@ -109,15 +108,10 @@ class SpotlighterConfig:
     where that is given, there are none."""
     fuse_dropped: bool | None = None
     """Let the tokens that a cut drops go on as one, their mean weighted by their scores."""
-    contribution_sign: str = "signed"
-    """What ``contribution`` does with tokens that lower the similarity: one of ``SIGNS``."""
     match_tokens: int | None = None
     """m ≥ 0, how many of an image's best tokens ``prototype_logits`` matches, each beside CLS; 0: CLS alone."""
     match_shots: int = 16
     """V, how many training images per class it remembers."""
-    match_slack: float = 0.0
-    """Share of the held-out images in [0, 1] that it may get wrong beyond the best weight, to weigh less: a light match
-    misleads less on images of another domain than theirs."""
     lr_multiplier: float = 1.0
     """Learning rate of the plug-in's parameters as a multiple of the host's."""
     seed: int = 0
@@ -137,7 +131,6 @@ class SpotlighterConfig:
         _one_of("levels", self.levels, LEVELS)
         _one_of("activation", self.activation, ACTIVATIONS)
         _one_of("prototypes_in", self.prototypes_in, ("sequence", "readout", "none"))
-        _one_of("contribution_sign", self.contribution_sign, SIGNS)
         for loss in self.losses:
             _one_of("losses", loss, LOSSES)
         if "gra" in self.losses or {"gra_low", "gra_high"} <= set(self.losses):
@@ -154,7 +147,6 @@ class SpotlighterConfig:
             ("lambda3", 0, None),
             ("match_tokens", 0, None),
             ("match_shots", 1, None),
-            ("match_slack", 0, 1),
             ("lr_multiplier", 0, None),
         ):
             whole = name in ("top_k", "prototypes", "select_block", "match_tokens", "match_shots", "seed")
@@ -164,11 +156,15 @@ class SpotlighterConfig:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{_option(name)} = {getattr(self, name)!r}: expected True or False")
 
+    def weight_of(self, loss: str) -> float:
+        """λ of an auxiliary loss of Eq. 15, by its name in ``LOSSES``."""
+        return self.lambda1 if loss.startswith("gra") else self.lambda2 if loss == "reg_text" else self.lambda3
+
     @property
     def uses_bank(self) -> bool:
         """Whether anything reads the bank's token prototypes, so that they have to be kept."""
         has_irm = self.mapping != "none" and self.prototypes_in != "none"
-        return self.semantic_activation or has_irm or "local" in self.losses
+        return self.semantic_activation or has_irm or ("local" in self.losses and self.lambda3 > 0)
 
     def cuts(self, n_tokens: int, n_blocks: int) -> list[tuple[int, int]]:
         """Where a tower of ``n_tokens`` patch tokens and ``n_blocks`` blocks is cut.

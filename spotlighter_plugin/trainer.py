@@ -12,7 +12,7 @@ from dassl.utils import load_checkpoint
 from torch import nn
 
 from .config import from_cfg
-from .method.match import SAY
+from .method.memory import SAY
 from .towers.clip import encode_prompts, load_clip, mixed_precision
 from .wrapper import SpotlighterWrapper
 
@@ -147,7 +147,7 @@ class SpotlighterTrainerMixin:
                     rest = ((images, None) for images, _ in rest)
                 right = self.model.calibrate(rest)
                 count = self.model.remember(shots())
-        weight = self.model.plugin.mapping.match_weight.item()
+        weight = self.model.plugin.memory.weight.item()
         if right is not None:
             print(f"Match with {count} shots: weight {weight:.3g}, {100 * right:.1f} % of the {held_out} right")
         elif weight:

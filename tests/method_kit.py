@@ -9,7 +9,7 @@ from spotlighter_plugin.config import LOSSES, SpotlighterConfig
 from spotlighter_plugin.wrapper import SpotlighterWrapper
 
 N_TOKENS, WIDTH, DIM, HEADS, BLOCKS = 16, 128, 64, 2, 3
-MAPPINGS = ("none", "gated", "full", "linear+linear", "transformer+transformer", "transformer+linear")
+MAPPINGS = ("none", "full", "linear+linear", "transformer+transformer", "transformer+linear")
 
 
 def coop_host(class_names=CLASS_NAMES, seed=0):

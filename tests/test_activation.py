@@ -9,7 +9,6 @@ from random_clips import random_clip
 
 from spotlighter_plugin.method.activation import (
     attention_score,
-    contribution_score,
     image_keys,
     match_category,
     random_score,
@@ -87,18 +86,6 @@ def test_with_one_class_that_class_is_matched_and_classes_without_prototypes_nev
     assert match_category(cls, prototypes[:1], torch.ones(1, 2, dtype=torch.bool)).tolist() == [0] * 5
     filled = torch.tensor([[False, False], [True, False], [False, False], [False, True]])
     assert set(match_category(cls, prototypes, filled).tolist()) <= {1, 3}
-
-
-def test_the_sign_option_says_what_happens_to_tokens_that_subtract():
-    vision = random_clip().visual
-    hidden, target = torch.randn(1 + N_TOKENS, 3, WIDTH), torch.randn(3, 64)
-    block = vision.transformer.resblocks[-1]
-    signed, positive, absolute = (
-        contribution_score(hidden, block, vision, target, N_TOKENS, sign=sign)
-        for sign in ("signed", "positive", "absolute")
-    )
-    assert (signed < 0).any()
-    assert torch.equal(positive, signed.clamp(min=0)) and torch.equal(absolute, signed.abs())
 
 
 def test_host_prompts_behind_the_tokens_take_attention_but_are_never_candidates():

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from spotlighter_plugin import cli
-from spotlighter_plugin import wrapper as wrapper_module
+from spotlighter_plugin.method import memory as memory_module
+from spotlighter_plugin.method.selector import Selector
 from spotlighter_plugin.workbench.speed import bench
 from spotlighter_plugin.workbench.speed.bench_hosts import build_host, logits_of, shape_of, text_owner, upstream_logits
 from spotlighter_plugin.workbench.speed.stopwatch import alternate, operations, peak_memory, seconds, stages
@@ -134,17 +135,17 @@ def test_stages_add_up_to_the_pass_and_leave_the_wrapper_as_it_was():
     made = small_bench(select_block=2, options=("STAGES", "((1, 9),)"))
     wrapper = made.wrappers[0]
     with torch.no_grad():
-        before, own = wrapper(made.images), dict(vars(wrapper))
+        before, own = wrapper(made.images), dict(vars(Selector))
         found = stages(wrapper, made.images, 2, CPU)
         after = wrapper(made.images)
     assert all(part > 0 for part in found.values()) and len(found) == 5
-    assert torch.equal(before, after) and vars(wrapper).keys() == own.keys()
+    assert torch.equal(before, after) and dict(vars(Selector)) == own
 
 
 @pytest.mark.parametrize("tokens", [0, 3])
 def test_the_match_with_a_full_memory_is_timed(tokens, monkeypatch):
-    wrapper, calls, own = small_bench(options=("MATCH_TOKENS", str(tokens))).wrappers[0], [], wrapper_module.resemblance
-    monkeypatch.setattr(wrapper_module, "resemblance", lambda *args: calls.append(args[0].shape) or own(*args))
+    wrapper, calls, own = small_bench(options=("MATCH_TOKENS", str(tokens))).wrappers[0], [], memory_module.resemblance
+    monkeypatch.setattr(memory_module, "resemblance", lambda *args: calls.append(args[0].shape) or own(*args))
     assert wrapper.plugin.memory.filled.all() and wrapper.plugin.memory.filled.shape == (5, 16)
     with torch.no_grad():
         wrapper(torch.randn(2, 3, 32, 32))
@@ -154,7 +155,7 @@ def test_the_match_with_a_full_memory_is_timed(tokens, monkeypatch):
 def test_the_bank_is_full_so_that_its_match_is_timed():
     wrapper = small_bench(preset="paper", top_k=6).wrappers[0]
     assert wrapper.plugin.bank.filled.all() and not wrapper.plugin.bank.is_empty
-    assert wrapper._has_semantics()
+    assert wrapper.config.semantic_activation
 
 
 ALONE = "FUSE_DROPPED", "False"

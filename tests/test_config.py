@@ -69,7 +69,6 @@ def test_options_from_a_command_line_become_what_the_config_wants():
         ("prototypes_in", "everywhere"),
         ("losses", ("gra", "triplet")),
         ("semantic_activation", "yes"),
-        ("contribution_sign", "minus"),
         ("stages", 3),
         ("stages", (3, 64)),
         ("stages", ((3, 64, 2),)),

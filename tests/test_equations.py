@@ -9,8 +9,8 @@ from random_clips import random_clip
 
 from spotlighter_plugin.config import SpotlighterConfig
 from spotlighter_plugin.method import activation, losses
-from spotlighter_plugin.method.mapping import FactoredText, LinearTRM, build_mapping, match_texts
-from spotlighter_plugin.method.memory import SemanticMemoryBank, affinity, assign
+from spotlighter_plugin.method.bank import SemanticMemoryBank, affinity, assign
+from spotlighter_plugin.method.mapping import FactoredText, LinearTRM, Mapping, match_texts
 
 B, C, P, K, D, W = 3, 5, 3, 4, 64, 128
 SCALE = 8.0
@@ -61,19 +61,19 @@ def attention_weights(query, keys, wq, wk, size):
     return softmax([float(q @ (wk[0] @ key + wk[1])) / size**0.5 for key in keys])
 
 
-def multihead(query, keys, attention, scale=None):
+def multihead(query, keys, attention):
     """One query over a list of keys, which are the values too."""
     out = f64(attention.out_proj.bias)
-    for head, (wq, wk, wv, columns) in enumerate(head_parts(attention)):
+    for wq, wk, wv, columns in head_parts(attention):
         weights = attention_weights(query, keys, wq, wk, len(wq[1]))
         value = sum(w * (wv[0] @ key + wv[1]) for w, key in zip(weights, keys, strict=True))
-        out = out + (1 if scale is None else scale[head]) * (columns @ value)
+        out = out + columns @ value
     return out
 
 
-def block_output(sequence, block, scale=None):
+def block_output(sequence, block):
     normed = [layer_norm(x, block.ln_1) for x in sequence]
-    middle = [x + multihead(n, normed, block.attn, scale) for x, n in zip(sequence, normed, strict=True)]
+    middle = [x + multihead(n, normed, block.attn) for x, n in zip(sequence, normed, strict=True)]
     result = []
     for x in middle:
         inner = f64(block.mlp.c_fc.weight) @ layer_norm(x, block.ln_2) + f64(block.mlp.c_fc.bias)
@@ -130,55 +130,27 @@ def test_equations_1_and_2_host_logits_are_scaled_cosines_of_the_two_encoders():
 
 def test_attention_score_is_cls_attention_averaged_over_heads(vision):
     block, hidden = vision.transformer.resblocks[1], random(1 + N_TOKENS + 2, B, W)
-    gates = torch.tensor([1.5, 0.5])
-    score = activation.attention_score(hidden, block, N_TOKENS, gates)
+    score = activation.attention_score(hidden, block, N_TOKENS)
     for b in range(B):
         normed = [layer_norm(f64(x), block.ln_1) for x in hidden[:, b]]
         expected = torch.zeros(N_TOKENS, dtype=torch.float64)
-        for gate, (wq, wk, _, _) in zip(gates, head_parts(block.attn), strict=True):
+        for wq, wk, _, _ in head_parts(block.attn):
             weights = attention_weights(normed[0], normed, wq, wk, len(wq[1]))
-            expected += float(gate) / HEADS * torch.tensor(weights[1 : 1 + N_TOKENS], dtype=torch.float64)
+            expected += 1 / HEADS * torch.tensor(weights[1 : 1 + N_TOKENS], dtype=torch.float64)
         close(score[b], expected, atol=1e-6)
 
 
-def test_contribution_score_is_each_tokens_exact_share_of_the_similarity(vision):
-    block, hidden, target = vision.transformer.resblocks[2], random(1 + N_TOKENS, B, W), units(B, D)
-    score = activation.contribution_score(hidden, block, vision, target, N_TOKENS)
-    for b in range(B):
-        normed = [layer_norm(f64(x), block.ln_1) for x in hidden[:, b]]
-        gradient = f64(vision.ln_post.weight) * (f64(vision.proj) @ f64(target[b]))
-        gradient = gradient - gradient.mean()
-        shares = torch.zeros(1 + N_TOKENS, dtype=torch.float64)
-        for wq, wk, wv, columns in head_parts(block.attn):
-            weights = attention_weights(normed[0], normed, wq, wk, len(wq[1]))
-            for i, x in enumerate(normed):
-                shares[i] += weights[i] * float(gradient @ columns @ (wv[0] @ x + wv[1]))
-        close(score[b], shares[1:])
-        # All shares, with CLS's own input and W_o's bias, make up the read-out similarity before its normalization.
-        state = f64(hidden[0, b]) + multihead(normed[0], normed, block.attn)
-        rest = gradient @ (f64(hidden[0, b]) + f64(block.attn.out_proj.bias))
-        deviation = (((state - state.mean()) ** 2).mean() + vision.ln_post.eps) ** 0.5
-        whole = f64(target[b]) @ pi(state, vision) - f64(target[b]) @ (f64(vision.ln_post.bias) @ f64(vision.proj))
-        close(shares.sum() + rest, whole * deviation)
-
-
-def test_lens_and_value_scores_are_expected_similarities_of_tokens_and_texts(vision):
-    block, hidden, text = vision.transformer.resblocks[2], random(1 + N_TOKENS, B, W), units(C, D)
+def test_lens_scores_are_expected_similarities_of_tokens_and_texts(vision):
+    hidden, text = random(1 + N_TOKENS, B, W), units(C, D)
     image = project(hidden[0], vision)
     target = activation.expected_text(image, text, SCALE)
     tokens = project(hidden[1:], vision).transpose(0, 1)
     lens = activation.lens_score(tokens, target)
-    value = activation.value_score(hidden, block, lambda x: project(x, vision), target, N_TOKENS)
     for b in range(B):
         p = softmax([SCALE * cos(pi(f64(hidden[0, b]), vision), f64(t)) for t in text])
         for i in range(N_TOKENS):
             state = f64(hidden[1 + i, b])
             close(lens[b, i], sum(p[c] * cos(pi(state, vision), f64(text[c])) for c in range(C)))
-            parts = [
-                columns @ (wv[0] @ layer_norm(state, block.ln_1) + wv[1]) for *_, wv, columns in head_parts(block.attn)
-            ]
-            joint = pi(sum(parts) + f64(block.attn.out_proj.bias), vision)
-            close(value[b, i], sum(p[c] * cos(joint, f64(text[c])) for c in range(C)))
 
 
 def test_equation_3_the_category_is_the_class_whose_mean_prototype_is_nearest():
@@ -265,8 +237,7 @@ def test_equation_6_prototypes_move_to_the_weighted_mean_of_their_tokens(vision,
         return project(hidden, vision)
 
     bank = SemanticMemoryBank([str(c) for c in range(C)], P, W)
-    bank.prototypes.copy_(random(C, P, W) * FILLED.unsqueeze(-1))
-    bank.filled.copy_(FILLED)
+    bank.prototypes, bank.filled = random(C, P, W) * FILLED.unsqueeze(-1), FILLED.clone()
     hidden = random(3, K, W)
     prototypes, filled = f64(bank.prototypes).clone(), FILLED.clone()
     bank.update(hidden, onto(hidden), torch.tensor(rows), 0.8, onto)
@@ -319,19 +290,19 @@ def test_equation_7_local_loss_is_the_cross_entropy_of_tokens_and_prototypes():
 
 
 def full_mapping(**options):
-    mapping = build_mapping(SpotlighterConfig(mapping="full", prototypes_in="sequence", **options), W, D, HEADS)
+    mapping = Mapping(SpotlighterConfig(mapping="full", prototypes_in="sequence", **options), W, D, HEADS)
     torch.manual_seed(3)
     for parameter in mapping.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     return mapping
 
 
-def literal_irm(prototypes, tokens, block, ffn, scale=None):
+def literal_irm(prototypes, tokens, block, ffn):
     keys = [layer_norm(x, block.ln_1) for x in tokens]
     refined = []
     for u in prototypes:
-        t = multihead(layer_norm(u, block.ln_1), keys, block.attn, scale) + u  # Eq. 8
-        refined.append(t if ffn is None else feed_forward(layer_norm(t, block.ln_2), ffn) + t)  # Eq. 9
+        t = multihead(layer_norm(u, block.ln_1), keys, block.attn) + u  # Eq. 8
+        refined.append(feed_forward(layer_norm(t, block.ln_2), ffn) + t)  # Eq. 9
     return refined
 
 
@@ -350,13 +321,13 @@ def test_equation_10_refined_prototypes_and_tokens_go_through_the_towers_own_blo
     kept, extra = torch.tensor([[3, 0, 15], [7, 8, 9]]), random(P, 2, W)
     seen = {}
 
-    def choose(hidden):
+    def choose(tower, hidden):
         seen["hidden"] = hidden
-        return stream.sequence(hidden, stream.tokens(hidden, kept), extra)
+        return tower.sequence(hidden, tower.tokens(hidden, kept), extra)
 
-    with torch.no_grad(), stream.selecting(choose):
+    with torch.no_grad(), stream.selecting(choose) as tower:
         image = wrapper.adapter.encode_image(images)
-        output = stream.output
+        output = tower.output
     for b in range(2):
         hidden = f64(seen["hidden"][:, b])
         sequence = [hidden[0], *f64(extra[:, b]), *(hidden[1 + i] for i in kept[b])]
@@ -381,12 +352,9 @@ def test_equation_11_factored_cosines_and_means_are_those_of_the_texts_written_o
     trm, text, tokens, image = LinearTRM(D, 0.2), units(C, D), units(B, K, D), units(B, D)
     torch.nn.init.normal_(trm.linear.weight, std=0.2)
     torch.nn.init.normal_(trm.linear.bias, std=0.2)
-    gate = 1 + 0.3 * random(D)
     factored = trm(text, tokens, SCALE)
     written = [literal_texts(text, tokens[b], trm) for b in range(B)]
     close(factored.cosine(image), [[cos(f64(image[b]), t) for t in written[b]] for b in range(B)], atol=1e-5)
-    gated = [[cos(f64(image[b]) * f64(gate), t * f64(gate)) for t in written[b]] for b in range(B)]
-    close(factored.cosine(image, gate), gated, atol=1e-5)
     close(factored.mean(), torch.stack([sum(unit(written[b][c]) for b in range(B)) / B for c in range(C)]), atol=1e-5)
     close(FactoredText(text).mean(), torch.stack([unit(f64(t)) for t in text]))
 
@@ -432,9 +400,8 @@ def test_equation_15_the_total_weighs_the_parts():
 
 
 @pytest.mark.parametrize("prototypes_in", ["readout", "sequence"])
-@pytest.mark.parametrize("mapping", ["full", "gated"])
-def test_equation_16_a_whole_prediction_is_that_of_the_equations_in_a_row(mapping, prototypes_in):
-    wrapper = wrap(mapping=mapping, prototypes_in=prototypes_in, prototype_logits=False, semantic_activation=True)
+def test_equation_16_a_whole_prediction_is_that_of_the_equations_in_a_row(prototypes_in):
+    wrapper = wrap(mapping="full", prototypes_in=prototypes_in, prototype_logits=False, semantic_activation=True)
     train_a_little(wrapper, steps=2)
     with torch.no_grad():
         for parameter in wrapper.plugin.mapping.parameters():
@@ -459,9 +426,6 @@ def literal_prediction(wrapper, all_hidden, logits):
     )
     scale, size = float(wrapper.adapter.logit_scale), W // HEADS
     text = [unit(f64(t)) for t in wrapper.adapter.encode_text()]
-    gated = wrapper.config.mapping == "gated"
-    heads = f64(mapping.head_scale()) if gated else torch.ones(HEADS, dtype=torch.float64)
-    gate = f64(mapping.joint_gate()) if gated else torch.ones(D, dtype=torch.float64)
     predictions = []
     for b in range(all_hidden.shape[1]):
         hidden = f64(all_hidden[:, b])
@@ -470,8 +434,8 @@ def literal_prediction(wrapper, all_hidden, logits):
         # activation and Eq. 3
         normed = [layer_norm(h, block.ln_1) for h in hidden]
         sample = torch.zeros(N_TOKENS, dtype=torch.float64)
-        for gain, (wq, wk, _, _) in zip(heads, head_parts(block.attn), strict=True):
-            sample += gain * torch.tensor(attention_weights(normed[0], normed, wq, wk, size)[1:]).double() / HEADS
+        for wq, wk, _, _ in head_parts(block.attn):
+            sample += torch.tensor(attention_weights(normed[0], normed, wq, wk, size)[1:]).double() / HEADS
         stored = [[unit(pi(f64(u), vision)) for u in own] for own in bank.prototypes]
         category = max(range(len(stored)), key=lambda c: cos(cls, sum(stored[c])))
         p = softmax([scale * cos(cls, t) for t in text])
@@ -484,10 +448,10 @@ def literal_prediction(wrapper, all_hidden, logits):
         kept = sorted(range(N_TOKENS), key=lambda i: -scores[i])[: wrapper.config.top_k]
         # Eq. 8-10
         ffn = mapping.irm.feed_forward
-        refined = literal_irm(f64(bank.prototypes[category]), [tokens[i] for i in kept], block, ffn, heads)
+        refined = literal_irm(f64(bank.prototypes[category]), [tokens[i] for i in kept], block, ffn)
         inside = wrapper.config.prototypes_in == "sequence"
         sequence = [hidden[0], *(refined if inside else []), *(tokens[i] for i in kept)]
-        output = block_output(sequence, block, heads)
+        output = block_output(sequence, block)
         read = output[1 : 1 + len(refined)] if inside else refined
         weight = float(mapping.readout_weight.detach())
         image = pi(output[0], vision) + weight * sum(pi(u, vision) for u in read) / len(read)
@@ -496,12 +460,9 @@ def literal_prediction(wrapper, all_hidden, logits):
         for t in text:
             match = softmax([scale * cos(t, joint[i]) for i in kept])
             mixed = sum(a * joint[i] for a, i in zip(match, kept, strict=True))
-            if gated:
-                rep = t + float(mapping.blend.detach()) * mixed
-            else:
-                linear = mapping.trm.linear
-                rep = t + wrapper.config.alpha * (f64(linear.weight) @ torch.cat([t, mixed]) + f64(linear.bias))
-            expected.append(scale * cos(image * gate, rep * gate))
+            linear = mapping.trm.linear
+            rep = t + wrapper.config.alpha * (f64(linear.weight) @ torch.cat([t, mixed]) + f64(linear.bias))
+            expected.append(scale * cos(image, rep))
         close(logits[b], expected, atol=2e-3)
         predictions.append(max(range(len(text)), key=lambda c: expected[c]))
     return torch.tensor(predictions)

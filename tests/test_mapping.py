@@ -3,71 +3,46 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from clip.model import CLIP
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from method_kit import DIM, HEADS, MAPPINGS, WIDTH
 from random_clips import random_clip
 
 from spotlighter_plugin.config import SpotlighterConfig
-from spotlighter_plugin.hosts.base import HostAdapter
-from spotlighter_plugin.method.mapping import DenseText, FactoredText, build_mapping
-from spotlighter_plugin.wrapper import SpotlighterWrapper
+from spotlighter_plugin.method.mapping import DenseText, FactoredText, Mapping
 
 
 def mapping(name, width=WIDTH, dim=DIM, heads=HEADS, prototypes_in="sequence", **options):
     torch.manual_seed(0)
-    return build_mapping(SpotlighterConfig(mapping=name, prototypes_in=prototypes_in, **options), width, dim, heads)
+    return Mapping(SpotlighterConfig(mapping=name, prototypes_in=prototypes_in, **options), width, dim, heads)
 
 
 def count(module):
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-@pytest.mark.parametrize("prototype_logits", [True, False])
-@pytest.mark.parametrize("prototypes_in", ["sequence", "readout", "none"])
-def test_gated_adds_exactly_21_parameters_on_a_tower_of_the_shape_of_vit_b_16(prototype_logits, prototypes_in):
-    with torch.device("meta"):
-        clip_model = CLIP(512, 224, 12, 768, 16, 77, 49408, 512, 8, 12)
-
-    class Plain(HostAdapter):
-        vision = clip_model.visual
-        n_classes = 3
-
-    config = SpotlighterConfig(mapping="gated", prototype_logits=prototype_logits, prototypes_in=prototypes_in)
-    wrapper = SpotlighterWrapper(clip_model, config, Plain(clip_model))
-    assert wrapper.extra_parameter_count() == 21
-    assert {name: value.numel() for name, value in wrapper.plugin.named_parameters()} == {
-        "mapping.heads": 12,
-        "mapping.groups": 8,
-        "mapping.blend": 1,
-    }
-
-
 def test_full_adds_about_two_and_a_half_million_parameters_on_vit_b_16():
-    assert 2.5e6 < count(mapping("full", 768, 512, 12, prototype_logits=False)) < 2.7e6
+    assert 2.5e6 < count(mapping("full", 768, 512, 12)) < 2.7e6
 
 
-def test_selection_alone_adds_no_parameter():
-    assert count(mapping("none", prototype_logits=False)) == 0
+def test_selection_and_memory_alone_add_no_parameter():
+    assert count(mapping("none")) == 0
 
 
 @pytest.mark.parametrize("name", MAPPINGS)
 def test_texts_start_at_the_hosts(name):
     text, tokens = F.normalize(torch.randn(5, DIM), dim=-1), F.normalize(torch.randn(3, 4, DIM), dim=-1)
     image = F.normalize(torch.randn(3, DIM), dim=-1)
-    made = mapping(name, prototype_logits=False)
+    made = mapping(name)
     rep = made.text(text, tokens, 10.0)
-    torch.testing.assert_close(rep.cosine(image, made.joint_gate()), image @ text.T, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(rep.cosine(image), image @ text.T, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(rep.mean(), text, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in MAPPINGS if name != "none"])
 def test_refined_prototypes_are_read_out_with_weight_zero_at_first(name):
     made = mapping(name)
-    shared = name == "gated" and made.match_weight is not None  # the one blend then weighs the match
-    assert made.readout_weight is None if shared else made.readout_weight == 0
-    assert made.match_weight is None or made.match_weight == 0
+    assert made.readout_weight == 0
     refined = made.irm(
         torch.randn(3, 2, WIDTH), torch.randn(4, 2, WIDTH), random_clip().visual.transformer.resblocks[0]
     )
@@ -80,24 +55,18 @@ def test_factored_texts_are_the_same_as_texts_written_out(batch, classes, k, see
     generator = torch.Generator().manual_seed(seed)
     base, mix = torch.randn(classes, 7, generator=generator), torch.randn(batch, k, 7, generator=generator)
     weights = torch.rand(batch, classes, k, generator=generator)
-    image, gate = torch.randn(batch, 7, generator=generator), torch.rand(7, generator=generator) + 0.5
+    image = torch.randn(batch, 7, generator=generator)
     factored, dense = FactoredText(base, mix, weights), DenseText(base + weights @ mix)
     torch.testing.assert_close(factored.cosine(image), dense.cosine(image), atol=1e-4, rtol=1e-3)
-    torch.testing.assert_close(factored.cosine(image, gate), dense.cosine(image, gate), atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(factored.mean(), dense.mean(), atol=1e-4, rtol=1e-3)
 
 
 def test_nothing_as_large_as_images_times_classes_times_width_is_formed():
     batch, classes, k = 8, 300, 4
-    made = mapping("full", prototypes_in="none", prototype_logits=False)
+    made = mapping("full", prototypes_in="none")
     text, tokens = F.normalize(torch.randn(classes, DIM), dim=-1), F.normalize(torch.randn(batch, k, DIM), dim=-1)
     sizes = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
         rep = made.text(text, tokens, 10.0)
         (rep.cosine(tokens[:, 0]).sum() + rep.mean().sum()).backward()
     assert max(sizes) < batch * classes * DIM / 3
-
-
-def test_groups_cover_a_joint_space_whose_width_is_no_multiple_of_64():
-    made = mapping("gated", dim=100)
-    assert made.groups.numel() == 2 and made.joint_gate().shape == (100,)

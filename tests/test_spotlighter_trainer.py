@@ -42,9 +42,9 @@ def same(a, b):
 
 
 def test_the_count_of_added_parameters_is_printed(tmp_path, options, capsys):
-    trainer = spotlighter(tmp_path, options, S + "MAPPING", "gated")
-    assert trainer.model.extra_parameter_count() == 4  # 2 heads, 1 group, 1 blend
-    assert "Spotlighter adds 4 trainable parameters (mapping: gated)" in capsys.readouterr().out
+    trainer = spotlighter(tmp_path, options, S + "MAPPING", "linear+linear")
+    assert trainer.model.extra_parameter_count() == 8256  # 2 · 64 · 64 + 64
+    assert "Spotlighter adds 8,256 trainable parameters (mapping: linear+linear)" in capsys.readouterr().out
 
 
 def test_losses_that_reach_nothing_are_named_once(tmp_path, options, capsys):
@@ -125,7 +125,7 @@ def test_the_hand_written_prompts_of_the_frozen_clip_are_the_reference_of_the_te
 
 
 def test_the_plug_ins_learning_rate_is_a_multiple_of_the_hosts_and_the_hosts_is_untouched(tmp_path, options):
-    trainer = spotlighter(tmp_path, options, S + "LR_MULTIPLIER", 3.0)
+    trainer = spotlighter(tmp_path, options, S + "LR_MULTIPLIER", 3.0, S + "MAPPING", "full")
     rates = [trainer._optims[name].param_groups[0]["lr"] for name in trainer.get_model_names()]
     assert rates[1] == pytest.approx(3 * rates[0])
     assert {id(p) for p in trainer._optims["prompt_learner"].param_groups[0]["params"]} == {
@@ -135,7 +135,7 @@ def test_the_plug_ins_learning_rate_is_a_multiple_of_the_hosts_and_the_hosts_is_
 
 @pytest.mark.parametrize(
     ("option", "value", "words"),
-    [("TOP_K", 17, "16 tokens"), ("SELECT_BLOCK", 9, "3 blocks"), ("MAPPING", "conv", "gated"), ("BETA", 2, "0 to 1")],
+    [("TOP_K", 17, "16 tokens"), ("SELECT_BLOCK", 9, "3 blocks"), ("MAPPING", "conv", "full"), ("BETA", 2, "0 to 1")],
 )
 def test_a_wrong_option_stops_the_trainer_with_one_line(tmp_path, options, option, value, words):
     cfg = make_cfg(tmp_path, "CoOpSpotlighter", "coop_spotlighter", *options, S + option, value)

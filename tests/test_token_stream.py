@@ -69,8 +69,7 @@ def test_outside_selecting_and_after_detach_the_tower_is_untouched_bit_for_bit(v
     before, keys = vision(images), list(vision.state_dict())
     stream = TokenStream(vision, 1)
     assert torch.equal(vision(images), before)
-    stream.head_scale = torch.full((2,), 2.0)
-    with stream.selecting(lambda hidden: stream.sequence(hidden, stream.tokens(hidden, every(stream, 5)[:, :3]))):
+    with stream.selecting(lambda tower, hidden: tower.sequence(hidden, tower.tokens(hidden, every(stream, 5)[:, :3]))):
         assert not torch.equal(vision(images), before)
     stream.detach()
     assert torch.equal(vision(images), before) and list(vision.state_dict()) == keys
@@ -83,7 +82,7 @@ def test_keeping_every_token_in_whatever_order_gives_the_towers_own_output(visio
     images, stream = some_images(), TokenStream(vision, block)
     before = vision(images)
     order = torch.stack([torch.randperm(N_TOKENS) for _ in range(5)])
-    with stream.selecting(lambda hidden: stream.sequence(hidden, stream.tokens(hidden, order))):
+    with stream.selecting(lambda tower, hidden: tower.sequence(hidden, tower.tokens(hidden, order))):
         torch.testing.assert_close(vision(images), before, atol=1e-5, rtol=1e-4)
 
 
@@ -94,8 +93,8 @@ def test_the_tail_gives_the_towers_output_without_running_earlier_blocks_again(v
     for index, each in enumerate(vision.transformer.resblocks):
         each.register_forward_hook(lambda *_, index=index: runs.append(index))
 
-    def choose(hidden):
-        seen["all"], seen["output"] = stream.tail(hidden)
+    def choose(tower, hidden):
+        seen["all"], seen["output"] = tower.tail(hidden)
         return hidden
 
     with stream.selecting(choose):
@@ -109,16 +108,16 @@ def test_prompts_of_the_host_stay_at_the_end_and_act_in_later_blocks_and_in_the_
     images, stream = some_images(), TokenStream(prompted, block)
     before, seen = prompted(images), {}
 
-    def choose(hidden):
+    def choose(tower, hidden):
         assert len(hidden) == 1 + N_TOKENS + 2
-        sequence = stream.sequence(hidden, stream.tokens(hidden, every(stream, 5)[:, :4]))
+        sequence = tower.sequence(hidden, tower.tokens(hidden, every(stream, 5)[:, :4]))
         assert torch.equal(sequence[-2:], hidden[-2:])
-        seen["all"], seen["few"] = stream.tail(hidden)[0], stream.tail(sequence)[0]
+        seen["all"], seen["few"] = tower.tail(hidden)[0], tower.tail(sequence)[0]
         return sequence
 
-    with stream.selecting(choose):
+    with stream.selecting(choose) as tower:
         few = prompted(images)
-        assert stream.output.shape == (1 + 4 + 2, 5, WIDTH)
+        assert tower.output.shape == (1 + 4 + 2, 5, WIDTH)
     torch.testing.assert_close(seen["all"], before)
     torch.testing.assert_close(seen["few"], few)
     assert not torch.allclose(few, before)
@@ -130,47 +129,30 @@ def test_choices_before_several_blocks_follow_each_other_and_the_whole_tower_can
     images, stream = some_images(), TokenStream(vision, 0, 1, 2)
     before, seen, prompts = vision(images), {}, 2 if tower == "prompted" else 0
 
-    def keep(number, hidden):
-        seen[number] = stream.n_now, len(hidden)
-        return stream.sequence(hidden, stream.tokens(hidden, every(stream, 5)[:, :number]))
+    def keep(number, tower, hidden):
+        seen[number] = tower.n_now, len(hidden)
+        return tower.sequence(hidden, tower.tokens(hidden, every(stream, 5)[:, :number]))
 
-    def choose(hidden):
-        sequence = keep(4, hidden)
-        seen["whole"], seen["few"] = stream.whole(), stream.tail(sequence)[0]
+    def choose(tower, hidden):
+        sequence = keep(4, tower, hidden)
+        seen["whole"], seen["few"] = tower.whole(), tower.tail(sequence)[0]
         return sequence
 
     for _ in range(2):  # the second pass starts afresh
-        with stream.selecting(partial(keep, 9), partial(keep, 6), choose):
+        with stream.selecting(partial(keep, 9), partial(keep, 6), choose) as tower:
             few = vision(images)
-            assert len(stream.output) == 1 + 4 + prompts
+            assert len(tower.output) == 1 + 4 + prompts
         assert [seen[number] for number in (9, 6, 4)] == [(n, 1 + n + prompts) for n in (N_TOKENS, 9, 6)]
         torch.testing.assert_close(seen["whole"], before)
         torch.testing.assert_close(seen["few"], few)
         assert not torch.allclose(few, before) and torch.equal(vision(images), before)
 
 
-def test_head_gates_scale_each_heads_output_in_block_s_and_the_weight_is_put_back(vision):
-    stream, hidden = TokenStream(vision, 1), torch.randn(4, 2, WIDTH)
-    attention = stream.block.attn
-    weight, plain = attention.out_proj.weight, attention(hidden, hidden, hidden, need_weights=False)[0]
-    stream.head_scale = torch.tensor([1.0, 0.0], requires_grad=True)
-    gated = attention(hidden, hidden, hidden, need_weights=False)[0]
-    stream.head_scale.data = torch.tensor([0.0, 1.0])
-    other = attention(hidden, hidden, hidden, need_weights=False)[0]
-    torch.testing.assert_close(gated + other - attention.out_proj.bias, plain)
-    assert attention.out_proj.weight is weight
-    gated.sum().backward()
-    assert stream.head_scale.grad.abs().min() > 0
-    with pytest.raises((AssertionError, RuntimeError)):
-        attention(hidden[..., :3], hidden, hidden)
-    assert attention.out_proj.weight is weight
-
-
 def test_an_error_while_choosing_leaves_the_tower_as_it_was(vision):
     images, stream = some_images(), TokenStream(vision, 1)
     before = vision(images)
 
-    def choose(hidden):
+    def choose(tower, hidden):
         raise RuntimeError("no")
 
     with pytest.raises(RuntimeError, match="no"), stream.selecting(choose):

@@ -12,6 +12,7 @@ from random_clips import CLASS_NAMES
 
 from spotlighter_plugin.config import ACTIVATIONS, LOSSES, PRESETS, SpotlighterConfig
 from spotlighter_plugin.hosts import adapter_for
+from spotlighter_plugin.method.token_stream import Pass
 from spotlighter_plugin.wrapper import SpotlighterWrapper
 
 ENTRIES = ("sequence", "readout", "none")
@@ -91,9 +92,9 @@ def test_before_the_first_step_any_mapping_gives_the_hosts_logits(mapping, proto
 
 @pytest.mark.parametrize("mapping", MAPPINGS)
 def test_with_a_full_bank_and_untrained_weights_the_logits_are_still_the_hosts(mapping):
-    wrapper = wrap(top_k=N_TOKENS, mapping=mapping, prototypes_in="readout", prototype_logits=True)
+    wrapper = wrap(top_k=N_TOKENS, mapping=mapping, prototypes_in="readout", semantic_activation=True)
     train_a_little(wrapper, lr=0)
-    assert wrapper.plugin.bank.filled.all()
+    assert wrapper.plugin.bank.filled.all() and wrapper.plugin.bank.filled.numel() == 18
     with torch.no_grad():
         torch.testing.assert_close(wrapper(some_images()), wrapper.host(some_images()), atol=1e-4, rtol=1e-4)
 
@@ -106,8 +107,6 @@ def test_with_a_full_bank_and_untrained_weights_the_logits_are_still_the_hosts(m
     [
         ("none", "none", {"kl_visual", "local"}),
         ("full", "none", {"kl_visual", "local"}),
-        ("gated", "none", set()),
-        ("gated", "readout", set()),
         ("full", "readout", set()),
         ("full", "sequence", set()),
         ("linear+linear", "sequence", set()),
@@ -131,7 +130,7 @@ def test_every_loss_reaches_a_trained_parameter_or_is_left_out_by_name(mapping, 
 def test_the_two_parts_of_the_level_loss_add_up_to_it():
     parts = {}
     for loss in ("gra", "gra_low", "gra_high"):
-        wrapper = wrap(mapping="gated", losses=(loss,)).train()
+        wrapper = wrap(mapping="full", losses=(loss,)).train()
         output = wrapper(some_images(4), torch.arange(4))
         assert output.keys() == {"loss", "logits", "cls", loss} and not wrapper.unreached
         torch.testing.assert_close(output["loss"], output["cls"] + wrapper.config.lambda1 * output[loss])
@@ -149,14 +148,13 @@ def test_every_parameter_of_every_mapping_is_trained(mapping, prototypes_in, pro
     train_a_little(wrapper, steps=3, lr=0.5)
     after = wrapper.plugin.mapping.state_dict()
     unchanged = {name for name in before if torch.equal(before[name], after[name])}
-    calibrated = {"blend" if mapping == "gated" else "match_weight"} if prototype_logits else set()
-    assert unchanged == calibrated
+    assert not unchanged
 
 
 def test_losses_that_are_switched_off_are_not_computed():
-    output = train_a_little(wrap(mapping="gated", losses=("reg_text",)), steps=1)
+    output = train_a_little(wrap(mapping="full", losses=("reg_text",)), steps=1)
     assert output.keys() == {"loss", "logits", "cls", "reg_text"}
-    output = train_a_little(wrap(mapping="gated", lambda1=0.0, lambda3=0.0), steps=1)
+    output = train_a_little(wrap(mapping="full", lambda1=0.0, lambda3=0.0), steps=1)
     assert output.keys() == {"loss", "logits", "cls", "reg_text"}
 
 
@@ -204,16 +202,16 @@ def held_out(n=3):
 
 @pytest.mark.parametrize("options", [{}, {"match_tokens": 0}, {"stages": ((0, 12),), "select_block": 1}], ids=str)
 def test_the_match_moves_the_logits_of_remembered_classes_alone(options):
-    wrapper = wrap(mapping="gated", prototype_logits=True, **options)
+    wrapper = wrap(mapping="full", prototype_logits=True, **options)
     assert wrapper.remember(held_out()) == 18
     wrapper.plugin.memory.sharpness.fill_(3.0)
     names = ["sea shell", "someone new", "red"]
-    other = wrap(coop_host(names), class_names=names, mapping="gated", prototype_logits=True, **options)
+    other = wrap(coop_host(names), class_names=names, mapping="full", prototype_logits=True, **options)
     other.load_state_dict(wrapper.state_dict())
     other.eval()
     with torch.no_grad():
         before = other(some_images())
-        other.plugin.mapping.blend.fill_(5.0)
+        other.plugin.memory.weight.fill_(5.0)
         changed = (other(some_images()) - before).amax(0)
     assert changed[1] == 0 and changed[0] > 1e-3 and changed[2] > 1e-3
 
@@ -221,16 +219,16 @@ def test_the_match_moves_the_logits_of_remembered_classes_alone(options):
 def test_a_model_that_knows_no_remembered_class_keeps_its_logits_and_describes_nothing():
     wrapper = wrap(prototype_logits=True)
     wrapper.remember(held_out())
-    wrapper.plugin.mapping.match_weight.data.fill_(5.0)
+    wrapper.plugin.memory.weight.fill_(5.0)
     other = wrap(coop_host(["someone", "new"]), class_names=["someone", "new"], prototype_logits=True)
     with torch.no_grad():
         before = other.eval()(some_images())
         other.load_state_dict(wrapper.state_dict())
         assert torch.equal(other(some_images()), before)
-    assert not other._begin(some_images())[1].describes
+    assert not other.plugin.memory.is_ready
 
 
-@pytest.mark.parametrize("mapping", ["none", "gated", "full"])
+@pytest.mark.parametrize("mapping", ["none", "full"])
 @pytest.mark.parametrize("tokens", [0, 3])
 def test_calibration_lowers_no_held_out_accuracy_and_travels_with_the_state(tokens, mapping):
     wrapper = wrap(mapping=mapping, match_tokens=tokens, prototype_logits=True)
@@ -253,7 +251,7 @@ def test_calibration_finds_a_match_that_tells_the_shots_apart(tokens):
     wrapper = wrap(prototype_logits=True, match_tokens=tokens)
     shots = [(some_images(6, seed=0), torch.arange(6))]
     assert wrapper.remember(shots) == 6
-    assert wrapper.calibrate(shots) == 1.0 and wrapper.plugin.mapping.match_weight > 0
+    assert wrapper.calibrate(shots) == 1.0 and wrapper.plugin.memory.weight > 0
 
 
 def test_a_class_without_remembered_images_leaves_the_logits_finite_before_and_after_calibration():
@@ -270,7 +268,7 @@ def test_without_labels_the_match_says_a_quarter_of_what_the_texts_say():
     wrapper.remember(held_out())
     unlabelled = [(images, None) for images, _ in held_out()]
     assert wrapper.calibrate(unlabelled) is None
-    weight, sharpness = wrapper.plugin.mapping.match_weight, wrapper.plugin.memory.sharpness
+    weight, sharpness = wrapper.plugin.memory.weight, wrapper.plugin.memory.sharpness
     assert weight > 0 and sharpness == 3.0
     images = torch.cat([images for images, _ in unlabelled])
     with torch.no_grad():
@@ -292,7 +290,7 @@ def test_without_held_out_images_or_before_anything_is_remembered_the_match_stay
     assert wrapper.calibrate(held_out()) is None  # nothing remembered
     assert wrapper.remember([]) == 0
     wrapper.remember(held_out())
-    assert wrapper.calibrate([]) is None and wrapper.plugin.mapping.match_weight == 0
+    assert wrapper.calibrate([]) is None and wrapper.plugin.memory.weight == 0
     without = wrap(prototype_logits=False)
     assert without.remember(held_out()) == 0 and without.calibrate(held_out()) is None
 
@@ -301,10 +299,10 @@ def test_training_does_not_see_the_match_with_its_own_images():
     wrapper = wrap(prototype_logits=True)
     train_a_little(wrapper, lr=0)
     wrapper.remember(held_out())
-    wrapper.plugin.mapping.match_weight.data.fill_(3.0)
+    wrapper.plugin.memory.weight.fill_(3.0)
     wrapper.train()
     first = wrapper(some_images(6), torch.arange(6))["logits"]
-    wrapper.plugin.mapping.match_weight.data.fill_(0.0)
+    wrapper.plugin.memory.weight.fill_(0.0)
     assert torch.equal(wrapper(some_images(6), torch.arange(6))["logits"], first)
 
 
@@ -326,7 +324,7 @@ def test_a_state_holds_the_plugin_alone_and_loads_into_a_model_of_other_classes(
 
 def test_a_state_of_another_mapping_or_width_is_one_clear_line():
     wrapper = wrap(mapping="full", prototypes_in="readout")
-    for state in (wrap(mapping="gated").state_dict(), {"mapping.trm.linear.weight": torch.zeros(2, 2)}):
+    for state in (wrap(mapping="linear+linear").state_dict(), {"mapping.trm.linear.weight": torch.zeros(2, 2)}):
         with pytest.raises(ValueError, match="TRAINER.SPOTLIGHTER and MODEL.BACKBONE.NAME") as error:
             wrapper.load_state_dict(state)
         assert "\n" not in str(error.value)
@@ -380,11 +378,11 @@ def test_blocks_run_on_what_the_cuts_before_them_left(fuse):
 
 
 @pytest.mark.parametrize("preset", ["paper", "default"])
-def test_with_several_cuts_every_loss_is_there_and_the_full_pass_sees_all_tokens(preset):
-    wrapper = wrap(preset=preset, mapping="gated", losses=LOSSES, stages=((0, 12), (1, 9)), fuse_dropped=True)
-    seen, project = [], wrapper.adapter.project
-    whole = wrapper.stream.whole
-    wrapper.stream.whole = lambda: seen.append(whole()) or seen[-1]
+def test_with_several_cuts_every_loss_is_there_and_the_full_pass_sees_all_tokens(monkeypatch, preset):
+    options = {"mapping": "full", "prototypes_in": "readout", "losses": LOSSES, "fuse_dropped": True}
+    wrapper = wrap(preset=preset, stages=((0, 12), (1, 9)), **options)
+    seen, project, whole = [], wrapper.adapter.project, Pass.whole
+    monkeypatch.setattr(Pass, "whole", lambda tower: seen.append(whole(tower)) or seen[-1])
     losses = train_a_little(wrapper, steps=1)
     assert {"cls", "gra", "reg_text", "kl_visual"} <= losses.keys() and torch.isfinite(losses["loss"])
     with torch.no_grad():
@@ -394,7 +392,7 @@ def test_with_several_cuts_every_loss_is_there_and_the_full_pass_sees_all_tokens
 def test_recalculation_with_the_updated_prototypes_changes_the_order_of_tokens():
     orders = []
     for recalculate in (True, False):
-        wrapper = wrap(mapping="gated", semantic_activation=True, recalculate=recalculate)
+        wrapper = wrap(mapping="full", semantic_activation=True, recalculate=recalculate)
         train_a_little(wrapper, lr=0)
         orders.append(wrapper.kept)
     assert not torch.equal(*orders) and torch.equal(orders[0].sort(-1).values, orders[1].sort(-1).values)
@@ -419,7 +417,7 @@ def test_texts_are_encoded_once_per_evaluation_and_again_after_training():
 
 
 def test_projected_prototypes_are_those_of_the_present_bank_after_a_validation_loss():
-    wrapper = wrap(mapping="gated", semantic_activation=True)
+    wrapper = wrap(mapping="full", semantic_activation=True)
     train_a_little(wrapper, steps=2)
     with torch.no_grad():
         first = wrapper(some_images())
@@ -507,5 +505,6 @@ def test_a_resnet_host_is_refused_in_one_line():
 
 
 def test_the_count_of_extra_parameters_is_that_of_what_is_trained():
-    wrapper = wrap(mapping="gated")
-    assert wrapper.extra_parameter_count() == sum(p.numel() for p in wrapper.trainable_parameters()) == 2 + 1 + 1
+    wrapper = wrap(mapping="linear+linear", prototypes_in="none")
+    assert wrapper.extra_parameter_count() == sum(p.numel() for p in wrapper.trainable_parameters()) == 128 * 64 + 64
+    assert wrap(preset="default").extra_parameter_count() == 0

@@ -62,7 +62,7 @@ VARIANTS = {
     "CLS alone remembered": {S + "MATCH_TOKENS": 0}, "nothing remembered": {S + "PROTOTYPE_LOGITS": False},
     "with L_reg_text": {S + "LOSSES": "('reg_text',)"}, "λ2 = 4": {S + "LOSSES": "('reg_text',)", S + "LAMBDA2": 4.0},
     "λ2 = 4, 20 epochs at 0.1": {**HOST, S + "LOSSES": "('reg_text',)", S + "LAMBDA2": 4.0},
-    "with L_gra": {S + "LOSSES": "('gra',)"}, "gated": {S + "MAPPING": "gated"},
+    "with L_gra": {S + "LOSSES": "('gra',)"},
     **{
         f"{name}, 8 matched": {S + "SELECT_BLOCK": block, S + "TOP_K": k, S + "MATCH_TOKENS": 8}
         for name, block, k in (
@@ -70,7 +70,7 @@ VARIANTS = {
         )
     },
     "a quarter kept": {S + "TOP_K": 36}, "a quarter kept, random": {S + "TOP_K": 36, S + "ACTIVATION": "random"},
-    "all kept": {S + "SELECT_BLOCK": -2, S + "TOP_K": 144}, "slack of 0.015": {S + "MATCH_SLACK": 0.015},
+    "all kept": {S + "SELECT_BLOCK": -2, S + "TOP_K": 144},
 }  # fmt: skip
 CANDIDATES = [(rate, epochs) for epochs in (5, 20, 60) for rate in (0.03, 0.1, 0.3)]
 

@@ -3,7 +3,7 @@
     python tools/unlabelled.py --datasets configs/datasets/emoji_scenes{,_shift}.yaml
 
 The micro CLIP, untrained, remembers the shots of all classes under what the tiny one takes them for. Printed are base /
-new / HM on every third validation scene, for shares of what the texts say (see ``match.unjudged``) and each sharpness.
+new / HM on every third validation scene, for shares of what the texts say (see ``memory.unjudged``) and each sharpness.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from hosts_evidence import plain_attention  # noqa: E402
 
 from spotlighter_plugin import SpotlighterConfig, SpotlighterWrapper  # noqa: E402
 from spotlighter_plugin.hosts.promptkd import classes_of_split  # noqa: E402
-from spotlighter_plugin.method.match import SAY, unjudged  # noqa: E402
+from spotlighter_plugin.method.memory import SAY, unjudged  # noqa: E402
 from spotlighter_plugin.towers.clip import encode_prompts, load_clip  # noqa: E402
 from spotlighter_plugin.towers.prompts import normalize  # noqa: E402
 from spotlighter_plugin.trainer import _every_second  # noqa: E402
@@ -52,10 +52,10 @@ def look(wrapper, batches):
     logits, labels, matches = [], [], []
     with wrapper._evaluating():
         for images, targets in batches:
-            step = wrapper._begin(images)[1]
-            image = wrapper._encode(step)
-            logits.append(wrapper._logits(image, step.tokens, step).float())
-            matches.append(torch.stack([wrapper._match(step, b) for b in SHARPNESSES]).float())
+            batch = wrapper._begin(wrapper.adapter, images)[1]
+            image, batch.describes = wrapper._encode(wrapper.adapter, batch), False
+            logits.append(wrapper._logits(image, batch.tokens, batch).float())
+            matches.append(torch.stack([wrapper.plugin.memory.match(batch.described, b) for b in SHARPNESSES]).float())
             labels.append(targets)
     return torch.cat(logits), torch.cat(labels), torch.cat(matches, 1)
 

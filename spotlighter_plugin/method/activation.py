@@ -19,15 +19,10 @@ def expected_text(image: Tensor, text: Tensor, scale: Tensor | float) -> Tensor:
     return (scale * image @ text.T).softmax(-1) @ text
 
 
-def cls_attention(hidden: Tensor, block: nn.Module, head_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Attention of CLS in ``block``, without forming keys: each head's query is taken back through W_k first.
+def attention_score(hidden: Tensor, block: nn.Module, n_tokens: int) -> Tensor:
+    """CLS's attention to each patch token in ``block``, mean over heads: (S, B, w), CLS first → (B, N).
 
-    Args:
-        hidden: (S, B, w), the sequence that enters the block, CLS first.
-        head_scale: (H,) weight of each head in the result, or None.
-
-    Returns:
-        Attention of CLS to every position (B, H, S), and the normalized input LN1(hidden) (S, B, w), float32.
+    Keys are not formed: each head's query is taken back through W_k first.
     """
     attention = block.attn
     heads, width = attention.num_heads, hidden.shape[-1]
@@ -39,67 +34,12 @@ def cls_attention(hidden: Tensor, block: nn.Module, head_scale: Tensor | None = 
     # q·(W_k x + b_k) = (W_kᵀ q)·x + constant, and softmax does not see the constant.
     folded = torch.einsum("bhe,hew->bhw", query, weight[width : 2 * width].unflatten(0, (heads, -1)))  # (B, H, w)
     weights = torch.einsum("bhw,sbw->bhs", folded, normed).softmax(-1)  # (B, H, S)
-    if head_scale is not None:
-        weights = weights * head_scale[:, None]
-    return weights, normed
-
-
-def attention_score(hidden: Tensor, block: nn.Module, n_tokens: int, head_scale: Tensor | None = None) -> Tensor:
-    """CLS's attention to each patch token in ``block``, mean over heads: (S, B, w) → (B, N)."""
-    weights, _ = cls_attention(hidden, block, head_scale)
     return weights.mean(1)[:, 1 : 1 + n_tokens]
-
-
-def contribution_score(
-    hidden: Tensor,
-    block: nn.Module,
-    vision: nn.Module,
-    target: Tensor,
-    n_tokens: int,
-    head_scale: Tensor | None = None,
-    sign: str = "signed",
-) -> Tensor:
-    """What each token adds to the image-text similarity through block s's attention: its exact linear share.
-
-    CLS leaves the attention as h_CLS + b + Σ_h W_o,h Σ_i a_hi W_v,h x_i. Read out by π, whose LayerNorm divides by one
-    positive number per image (left out: scores are standardised per image), token i adds
-    Σ_h a_hi ⟨W_v,hᵀ W_o,hᵀ g, x_i⟩ along g = centred(γ ∘ proj t̂). MLPs and blocks after s are not looked through.
-
-    Args:
-        target: t̂ (B, d), the direction in the tower's joint space.
-        sign: ``signed`` keeps tokens that add most; ``positive`` treats all that subtract alike, as Grad-CAM does;
-            ``absolute`` keeps those that add or subtract most.
-    """
-    weights, normed = cls_attention(hidden, block, head_scale)
-    heads, width = block.attn.num_heads, hidden.shape[-1]
-    direction = target @ vision.proj.float().T * vision.ln_post.weight.float()  # (B, w)
-    direction = direction - direction.mean(-1, keepdim=True)
-    out = (direction @ block.attn.out_proj.weight.float()).unflatten(-1, (heads, -1))  # W_oᵀ g per head: (B, H, w/H)
-    value = block.attn.in_proj_weight[2 * width :].float().unflatten(0, (heads, -1))  # (H, w/H, w)
-    bias = block.attn.in_proj_bias[2 * width :].float().unflatten(0, (heads, -1))  # (H, w/H)
-    along = torch.einsum("bhw,sbw->bhs", torch.einsum("bhe,hew->bhw", out, value), normed)  # (B, H, S)
-    along = along + torch.einsum("bhe,he->bh", out, bias).unsqueeze(-1)
-    share = (weights * along).sum(1)[:, 1 : 1 + n_tokens]  # (B, N)
-    if sign == "positive":
-        return share.clamp(min=0)
-    return share.abs() if sign == "absolute" else share
 
 
 def lens_score(tokens: Tensor, target: Tensor) -> Tensor:
     """Σ_c p_c cos(z_i, t_c) = z_i·t̂: the sample-wise score as the paper words it. (B, N, d), (B, d) → (B, N)."""
     return torch.einsum("bnd,bd->bn", tokens, target)
-
-
-def value_score(hidden: Tensor, block: nn.Module, project, target: Tensor, n_tokens: int) -> Tensor:
-    """cos(π(W_o W_v LN1(h_i)), ·) along t̂: each token read out through the value path alone, as MaskCLIP does.
-
-    project: π followed by normalization, (…, w) → (…, d).
-    """
-    width, attention = hidden.shape[-1], block.attn
-    normed = block.ln_1(hidden[1 : 1 + n_tokens]).float()  # (N, B, w)
-    value = F.linear(normed, attention.in_proj_weight[2 * width :].float(), attention.in_proj_bias[2 * width :].float())
-    out = F.linear(value, attention.out_proj.weight.float(), attention.out_proj.bias.float())
-    return torch.einsum("nbd,bd->bn", project(out), target)
 
 
 def random_score(keys: Tensor, n_tokens: int, seed: int = 0) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-GROUP = 64  # width of a group of the joint space, the width of a head in CLIP
+HEAD = 64  # width of an attention head in CLIP
 
 
 @dataclass
@@ -23,30 +23,25 @@ class FactoredText:
     mix: Tensor | None = None
     weights: Tensor | None = None
 
-    def cosine(self, image: Tensor, gate: Tensor | None = None) -> Tensor:
-        """cos(v_b, t^rep_bc): (B, d) → (B, C), from v·base, v·mix, base·mix and the mixes' Gram matrix alone.
-
-        gate: (d,) multiplies both sides' coordinates, or None.
-        """
+    def cosine(self, image: Tensor) -> Tensor:
+        """cos(v_b, t^rep_bc): (B, d) → (B, C), from v·base, v·mix, base·mix and the mixes' Gram matrix alone."""
         base, mix = self.base, self.mix
-        if gate is not None:
-            image, base = image * gate, base * gate
-            mix = None if mix is None else mix * gate
         image = F.normalize(image, dim=-1)
         if mix is None:
             return image @ F.normalize(base, dim=-1).T
         dot = image @ base.T + torch.einsum("bck,bk->bc", self.weights, torch.einsum("bkd,bd->bk", mix, image))
-        return dot / self._norms(base, mix)
+        return dot / self._norms()
 
     def mean(self) -> Tensor:
         """mean_b normalize(t^rep_bc): (C, d)."""
         if self.mix is None:
             return F.normalize(self.base, dim=-1)
-        inverse = 1 / self._norms(self.base, self.mix)  # (B, C)
+        inverse = 1 / self._norms()  # (B, C)
         mixed = torch.einsum("bck,bkd->cd", self.weights * inverse.unsqueeze(-1), self.mix)
         return (inverse.sum(0).unsqueeze(-1) * self.base + mixed) / len(self.mix)
 
-    def _norms(self, base: Tensor, mix: Tensor) -> Tensor:
+    def _norms(self) -> Tensor:
+        base, mix = self.base, self.mix
         cross = torch.einsum("bck,bkc->bc", self.weights, mix @ base.T)
         gram = mix @ mix.transpose(1, 2)  # (B, k, k)
         within = (self.weights @ gram * self.weights).sum(-1)  # (B, C)
@@ -60,9 +55,8 @@ class DenseText:
 
     text: Tensor
 
-    def cosine(self, image: Tensor, gate: Tensor | None = None) -> Tensor:
-        text, image = (self.text, image) if gate is None else (self.text * gate, image * gate)
-        return torch.einsum("bcd,bd->bc", F.normalize(text, dim=-1), F.normalize(image, dim=-1))
+    def cosine(self, image: Tensor) -> Tensor:
+        return torch.einsum("bcd,bd->bc", F.normalize(self.text, dim=-1), F.normalize(image, dim=-1))
 
     def mean(self) -> Tensor:
         return F.normalize(self.text, dim=-1).mean(0)
@@ -94,7 +88,7 @@ class TransformerTRM(nn.Module):
         super().__init__()
         self.alpha = alpha
         self.norm = nn.LayerNorm(dim)
-        self.attention = nn.MultiheadAttention(dim, max(dim // GROUP, 1), batch_first=True)
+        self.attention = nn.MultiheadAttention(dim, max(dim // HEAD, 1), batch_first=True)
         self.feed_forward = _feed_forward(dim, 4 * dim)
         _zero(self.attention.out_proj)
 
@@ -106,19 +100,17 @@ class TransformerTRM(nn.Module):
 
 
 class FrozenAttentionIRM(nn.Module):
-    """Eq. 8 with block s's own attention, and Eq. 9 with a trained FFN (starting at zero) or, for gates, none."""
+    """Eq. 8 with block s's own attention, and Eq. 9 with a trained FFN that starts at zero."""
 
-    def __init__(self, width: int, trains_ffn: bool):
+    def __init__(self, width: int):
         super().__init__()
         # 7/4 of the width gives, with Eq. 11's Linear, 2.6 M parameters on ViT-B/16.
-        self.feed_forward = _feed_forward(width, 7 * width // 4) if trains_ffn else None
+        self.feed_forward = _feed_forward(width, 7 * width // 4)
 
     def forward(self, prototypes: Tensor, tokens: Tensor, block: nn.Module) -> Tensor:
         """U_c* (P, B, w) and tokens (k, B, w) → Û (P, B, w)."""
         keys = block.ln_1(tokens)
         refined = prototypes + block.attn(block.ln_1(prototypes), keys, keys, need_weights=False)[0]  # T, Eq. 8
-        if self.feed_forward is None:
-            return refined
         ffn = self.feed_forward(block.ln_2(refined).to(self.feed_forward[0].weight.dtype))
         return refined + ffn.to(refined.dtype)  # Eq. 9
 
@@ -153,13 +145,17 @@ class LinearIRM(nn.Module):
 
 
 class Mapping(nn.Module):
-    """What the plug-in trains. Without gates: IRM, TRM and, where they are in use, one weight each for Û and the bank.
+    """What the plug-in trains: IRM and TRM as ``config.mapping`` names them, and α_v.
+
+    Args:
+        width: w of the vision tower.
+        dim: d of the joint space.
+        heads: H of the tower.
 
     Attributes:
         irm: module, or None.
+        trm: module, or None.
         readout_weight: α_v, weight of π(Û) beside π(CLS), a scalar that starts at 0, or None.
-        match_weight: weight of the match with the bank in the logits, a scalar that starts at 0 and that
-            ``SpotlighterWrapper.calibrate`` sets, or None.
     """
 
     def __init__(self, config, width: int, dim: int, heads: int):
@@ -169,79 +165,17 @@ class Mapping(nn.Module):
         self.irm = image(width, heads) if uses_irm else None
         self.trm = text(dim, config.alpha) if text is not None else None
         self.readout_weight = nn.Parameter(torch.zeros(())) if uses_irm else None
-        self.match_weight = nn.Parameter(torch.zeros(())) if config.prototype_logits else None
-
-    @property
-    def mixes_texts(self) -> bool:
-        """Whether texts depend on the kept tokens."""
-        return self.trm is not None
-
-    def head_scale(self) -> Tensor | None:
-        """(H,) multiplies the heads of block s, or None."""
-        return None
-
-    def joint_gate(self) -> Tensor | None:
-        """(d,) multiplies both sides of a cosine in the joint space, or None."""
-        return None
 
     def text(self, text: Tensor, tokens: Tensor, scale) -> FactoredText | DenseText:
         """t^rep for texts (C, d) and the kept tokens (B, k, d), both of unit length."""
         return FactoredText(text) if self.trm is None else self.trm(text, tokens, scale)
 
 
-class GatedMapping(Mapping):
-    """The smallest mapping: H + d/64 + 1 class-agnostic gates (12 + 8 + 1 = 21 on ViT-B/16), all starting at 0.
-
-    * one gate per head scales by 1 + g that head in CLS's attention, where tokens are scored, and in block s;
-    * one gate per 64-wide group of the joint space scales by 1 + g both sides of every cosine that decides;
-    * one blend weighs what comes to the host's logits: the match with the bank where ``prototype_logits`` is on,
-      the kept tokens in the texts (Eq. 11 with it in the place of α Linear) where it is off, and Û in the readout
-      where Û is used and ``prototype_logits`` is off.
-    """
-
-    def __init__(self, config, width: int, dim: int, heads: int):
-        nn.Module.__init__(self)
-        self.dim, self.matches = dim, config.prototype_logits
-        self.heads = nn.Parameter(torch.zeros(heads))
-        self.groups = nn.Parameter(torch.zeros(-(-dim // GROUP)))
-        self.blend = nn.Parameter(torch.zeros(()))
-        uses_irm = config.prototypes_in == "sequence" or (config.prototypes_in == "readout" and not self.matches)
-        self.irm = FrozenAttentionIRM(width, trains_ffn=False) if uses_irm else None
-
-    @property
-    def readout_weight(self) -> Tensor | None:
-        return None if self.irm is None or self.matches else self.blend
-
-    @property
-    def match_weight(self) -> Tensor | None:
-        return self.blend if self.matches else None
-
-    @property
-    def mixes_texts(self) -> bool:
-        return not self.matches
-
-    def head_scale(self) -> Tensor:
-        return 1 + self.heads
-
-    def joint_gate(self) -> Tensor:
-        return 1 + self.groups.repeat_interleave(GROUP)[: self.dim]
-
-    def text(self, text: Tensor, tokens: Tensor, scale) -> FactoredText:
-        if not self.mixes_texts:
-            return FactoredText(text)
-        return FactoredText(text, self.blend * tokens, match_texts(text, tokens, scale))
-
-
-def build_mapping(config, width: int, dim: int, heads: int) -> Mapping:
-    """The mapping that ``config.mapping`` names, for a tower of ``width`` w, joint width ``dim`` d and ``heads`` H."""
-    return (GatedMapping if config.mapping == "gated" else Mapping)(config, width, dim, heads)
-
-
 def _kinds(mapping: str):
     """How IRM (width, heads) and TRM (dim, alpha) are made, by the name of the mapping."""
     images = {
         "none": None,
-        "full": lambda width, heads: FrozenAttentionIRM(width, trains_ffn=True),
+        "full": lambda width, heads: FrozenAttentionIRM(width),
         "linear": lambda width, heads: LinearIRM(width),
         "transformer": TransformerIRM,
     }

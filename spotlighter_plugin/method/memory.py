@@ -1,136 +1,252 @@
-"""What a class looks like: the Semantic Memory Bank, learned by moving averages and fixed at inference."""
+"""What a class looks like: descriptions of its images come in, what they say of its logits goes out.
+
+Once training is over, the few tokens that mattered most in each training image are written down, each beside its
+image's CLS, seen along directions that tell classes apart rather than images of one class. A test image's own few
+tokens then vote: each for the classes whose tokens resemble it most. The shots are remembered as they are, so training
+leaves the match out. Then ``choose`` weighs it on held-out images, or ``unjudged`` where nobody knows their labels.
+"""
+
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from .classes import NamedClasses
+
+CLS_SHARE = 0.5  # length of CLS beside a token of length 1
+RIDGE = 0.03  # of the mean variance within classes, added to every direction's own
+SHORTLIST = 16  # classes per image that are looked at token by token
+MANY = 1024  # classes; of more, the shortlist compares whole classes and not each of their images
+SHARPNESSES = (1.0, 3.0, 6.0)
+WEIGHTS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
+SAY = 0.25  # of what the texts say, where no label can judge the match
+ON_CPU, ON_GPU = 2**22, 2**27  # numbers that are gathered at once: a CPU's caches are small, a GPU wants few launches
 
 
-class NamedClasses(nn.Module):
-    """Something that is kept per class, with the classes' names in its state."""
+class ShotMemory(NamedClasses):
+    """Up to V images per class as m keys each; empty until ``remember``.
 
-    def __init__(self, class_names: list[str]):
-        super().__init__()
-        # Names are a tensor, so that a checkpoint holds tensors alone.
-        self.register_buffer("names", torch.tensor(list("\n".join(class_names).encode()), dtype=torch.uint8))
+    Args:
+        class_names: the model's C classes.
+        tokens: how many of an image's tokens are described; 0: CLS alone.
+        width: w of the vision tower.
+
+    Attributes:
+        keys: (C, V, m, D) half precision, unit length.
+        filled: (C, V), which images exist.
+        centre, view: (D,) and (D, D): a description x becomes the key normalize((x - centre) view).
+        sharpness: b of ``votes``, a scalar.
+        weight: of the match in the logits, a scalar; 0 before ``calibrate``.
+    """
+
+    def __init__(self, class_names: list[str], tokens: int, width: int):
+        super().__init__(class_names)
+        self.shape = (tokens, 2 * width) if tokens else (1, width)  # (m, D)
+        self.register_buffer("keys", torch.zeros(len(class_names), 0, *self.shape, dtype=torch.half))
+        self.register_buffer("filled", torch.zeros(len(class_names), 0, dtype=torch.bool))
+        self.register_buffer("centre", torch.zeros(self.shape[1]))
+        self.register_buffer("view", torch.zeros(self.shape[1], self.shape[1]))
+        self.register_buffer("sharpness", torch.tensor(SHARPNESSES[0]))  # 0 would make NaN of classes without images
+        self.register_buffer("weight", torch.zeros(()))
+        self.register_buffer("coarse", torch.zeros(len(class_names), 0, self.shape[1]), persistent=False)
 
     @property
-    def class_names(self) -> list[str]:
-        return bytes(self.names.tolist()).decode().split("\n")
+    def is_ready(self) -> bool:
+        """Whether images are remembered, some of them of the model's classes."""
+        return self.keys.numel() > 0 and self.knows_any
 
-    def columns(self, class_names: list[str]) -> list[int]:
-        """Own row for each name; -1 where there is no such class."""
-        rows = {name: row for row, name in enumerate(self.class_names)}
-        return [rows.get(name, -1) for name in class_names]
-
-
-class SemanticMemoryBank(NamedClasses):
-    """U: P prototypes per class in the hidden space of the vision tower, kept with the names of the classes.
-
-    Loading a state replaces the bank whole, class names, number of classes and number of prototypes included.
-
-    Args:
-        class_names: the C classes; row c of the bank is ``class_names[c]``.
-        prototypes: P.
-        width: w.
-    """
-
-    def __init__(self, class_names: list[str], prototypes: int, width: int):
-        super().__init__(class_names)
-        self.is_empty = True  # known without asking the device
-        self.register_buffer("prototypes", torch.zeros(len(class_names), prototypes, width))  # (C, P, w)
-        self.register_buffer("filled", torch.zeros(len(class_names), prototypes, dtype=torch.bool))  # (C, P)
-
-    def of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Prototypes of the given classes (B, P, w) and which of them exist (B, P)."""
-        return self.prototypes[rows], self.filled[rows]
-
+    @torch.inference_mode(False)
     @torch.no_grad()
-    def update(self, hidden: Tensor, joint: Tensor, rows: Tensor, beta: float, project) -> None:
-        """Fill the empty prototypes of the classes in the batch, assign tokens (Eq. 4, 5), move prototypes (Eq. 6).
+    def remember(self, descriptions: Tensor, rows: Tensor) -> None:
+        """Write images down in place of what was there, and learn from them how to look.
 
         Args:
-            hidden: h of the kept tokens, best first, (B, k, w).
-            joint: z of the same tokens, (B, k, d), unit length.
-            rows: the bank's row for each image, (B,); -1 leaves the image out. Repeated rows are averaged together.
-            beta: momentum β.
-            project: π, (…, w) → (…, d), unit length.
+            descriptions: (n, m, D), as ``describe`` gives them.
+            rows: (n,), class of each image in 0…C-1.
         """
-        hidden = hidden.to(self.prototypes.dtype)
-        known = rows >= 0
-        rows = rows.clamp(min=0)
-        self._fill(hidden, rows, known)
-        current, filled = self.of(rows)  # (B, P, w), (B, P)
-        degree, nearest = assign(joint, project(current).to(joint.dtype), filled)  # (B, k) both
-        n_classes, n_prototypes, width = self.prototypes.shape
-        degree = degree.to(hidden.dtype) * known[:, None]  # (B, k)
-        slots = (rows[:, None] * n_prototypes + nearest).flatten()  # (B·k,)
-        total = hidden.new_zeros(n_classes * n_prototypes, width)
-        total.index_add_(0, slots, (degree.unsqueeze(-1) * hidden).flatten(0, 1))  # Σ D_ij h_i
-        mass = hidden.new_zeros(n_classes * n_prototypes).index_add_(0, slots, degree.flatten())  # Σ D_ij
-        mean = (total / mass.clamp(min=torch.finfo(mass.dtype).tiny).unsqueeze(-1)).view_as(self.prototypes)
-        hit = (mass > 0).view(n_classes, n_prototypes, 1)
-        self.prototypes.copy_(torch.where(hit, beta * self.prototypes + (1 - beta) * mean, self.prototypes))
-        if self.is_empty:
-            self.is_empty = not bool(known.any())
+        self.name(self.asked)
+        place = place_in_class(rows)
+        self.centre, self.view = discriminating_view(descriptions.mean(1), rows)  # an image's tokens may well differ
+        keys = self.look(descriptions)
+        self.keys = keys.new_zeros(len(self.asked), int(place.max()) + 1, *self.shape, dtype=torch.half)
+        self.filled = torch.zeros(self.keys.shape[:2], dtype=torch.bool, device=keys.device)
+        self.keys[rows, place] = keys.to(torch.half)  # forks without a GPU make .half() do nothing
+        self.filled[rows, place] = True
+        self.coarse = coarse_keys(self.keys)
 
-    def _fill(self, hidden: Tensor, rows: Tensor, known: Tensor) -> None:
-        """Empty prototypes take the most activated tokens of their class's first image; what it lacks, the next's."""
-        n_images, n_tokens, width = hidden.shape
-        n_classes, n_prototypes = self.filled.shape
-        same = (rows[:, None] == rows) & known  # (B, B), images of one class
-        earlier = same.tril(-1).sum(1)  # (B,), number of images of the same class before this one
-        place = earlier[:, None] * n_tokens + torch.arange(n_tokens, device=rows.device)  # (B, k), queue of a class
-        order = (~self.filled).long()
-        slot_of = order.argsort(dim=1, descending=True, stable=True)  # (C, P), empty prototypes first
-        n_empty = order.sum(1)  # (C,)
-        taken = known[:, None] & (place < n_empty[rows][:, None])  # (B, k)
-        slot = slot_of[rows].gather(1, place.clamp(max=n_prototypes - 1))  # (B, k)
-        flat = (rows[:, None] * n_prototypes + slot)[taken]
-        self.prototypes.view(-1, width)[flat] = hidden[taken]
-        self.filled.view(-1)[flat] = True
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def calibrate(self, seen: Iterable[tuple[Tensor, Tensor, Tensor | None]]) -> float | None:
+        """Weigh the match on held-out images, never on the remembered ones.
+
+        Args:
+            seen: batches of logits (n, C) from the texts alone, descriptions (n, m, D) and labels (n,), or None for all
+                labels: without them the match is given a share of what the texts say.
+
+        Returns:
+            The share of these images that are then right; None without labels or images.
+        """
+        self.weight.zero_()
+        logits, labels, matches = [], [], []
+        for scores, descriptions, targets in seen:
+            logits.append(scores)
+            labels.append(targets)
+            matches.append([self.match(descriptions, sharpness) for sharpness in SHARPNESSES])
+        if not logits:
+            return None
+        logits, matches, right = torch.cat(logits), [torch.cat(match) for match in zip(*matches, strict=True)], None
+        if labels[0] is None:
+            sharpness, weight = SHARPNESSES[1], unjudged(logits, matches[1])
+        else:
+            sharpness, weight, right = choose(logits, torch.cat(labels), matches)
+        self.sharpness.fill_(sharpness)
+        self.weight.fill_(weight)
+        return right
+
+    def add_to(self, logits: Tensor, descriptions: Tensor) -> Tensor:
+        """Logits (B, C) of the texts and the weighed match of images described as (B, m, D): (B, C)."""
+        return logits + self.weight * self.match(descriptions, self.sharpness)
+
+    def match(self, descriptions: Tensor, sharpness: float | Tensor) -> Tensor:
+        """``votes`` for the model's classes, 0 for those that are not remembered: (B, m, D) → (B, C)."""
+        cosines, classes = resemblance(self.look(descriptions), self.keys, self.filled, self.coarse)
+        match = votes(cosines, classes, sharpness, len(self.keys))
+        return match[:, self.rows.clamp(min=0)] * (self.rows >= 0)
+
+    def look(self, descriptions: Tensor) -> Tensor:
+        """Keys of descriptions: (…, D) → (…, D), unit length."""
+        return F.normalize((descriptions - self.centre) @ self.view, dim=-1)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        saved = state_dict.get(prefix + "prototypes")
-        if saved is not None:
-            width = self.prototypes.shape[-1]
-            if saved.shape[-1] != width:
+        saved = {name: tuple(state_dict[prefix + name].shape) for name in self._buffers if prefix + name in state_dict}
+        n_classes, shots = (saved.get("filled", ()) + (0, 0))[:2]
+        own = {"keys": (n_classes, shots, *self.shape), "centre": self.shape[1:], "view": (self.shape[1],) * 2}
+        for name, shape in own.items():
+            if saved.get(name, shape) != shape:
                 raise ValueError(
-                    f"the checkpoint's memory bank is {saved.shape[-1]} wide and this vision tower {width}: "
-                    "load it with the backbone that it was trained with (MODEL.BACKBONE.NAME)"
+                    f"the checkpoint's memory.{name} is {saved[name]}, this model's {shape}: set TRAINER.SPOTLIGHTER "
+                    "(PRESET, MATCH_TOKENS) and MODEL.BACKBONE.NAME as in training"
                 )
-            self.prototypes = self.prototypes.new_zeros(saved.shape)
-            self.filled = self.filled.new_zeros(saved.shape[:2])
-            self.names = self.names.new_zeros(state_dict[prefix + "names"].shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self.is_empty = not bool(self.filled.any())
+        if len(self.class_names) != n_classes:
+            raise ValueError(f"the checkpoint's memory has {n_classes} classes and {len(self.class_names)} names")
+        self.coarse = coarse_keys(self.keys)
 
 
-def assign(tokens: Tensor, prototypes: Tensor, filled: Tensor) -> tuple[Tensor, Tensor]:
-    """D_ij = softmax_j cos(z_i, π(U_y,j)) over the prototypes that exist (Eq. 4), and each token's argmax j (Eq. 5).
-
-    Args:
-        tokens: (B, k, d), unit length.
-        prototypes: (B, P, d), those of the image's class.
-        filled: (B, P).
-
-    Returns:
-        D at the argmax (B, k), and the argmax (B, k).
-    """
-    cosine = torch.einsum("bkd,bpd->bkp", tokens, prototypes)  # (B, k, P)
-    cosine = cosine.masked_fill(~filled[:, None], -torch.inf)
-    degree = cosine.softmax(-1).nan_to_num(0.0)  # a class without any prototype assigns nothing
-    return degree.max(-1)
+def describe(tokens: Tensor, cls: Tensor) -> Tensor:
+    """Each token beside its image's CLS: (B, m, w), (B, w) → (B, m, 2w); without tokens CLS alone, (B, 1, w)."""
+    cls = F.normalize(cls.float(), dim=-1).unsqueeze(1)  # (B, 1, w)
+    if tokens.shape[1] == 0:
+        return cls
+    tokens = F.normalize(tokens.float(), dim=-1)
+    return torch.cat([tokens, CLS_SHARE * cls.expand(-1, tokens.shape[1], -1)], dim=-1)
 
 
-def affinity(tokens: Tensor, prototypes: Tensor, filled: Tensor) -> Tensor:
-    """How well tokens match each class, Eq. 7: mean_i max_p cos(z_i, π(U_c,p)).
+def discriminating_view(described: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Directions weighed so that images of one class differ alike in all of them: S^(-1/2).
+
+    S is the covariance within classes, with ``RIDGE`` of its mean variance added in every direction.
 
     Args:
-        tokens: (B, k, d), unit length.
-        prototypes: (C, P, d), unit length.
-        filled: (C, P); a class without prototypes gets -inf.
+        described: (n, D).
+        rows: (n,), their classes.
 
     Returns:
-        (B, C).
+        The centre (D,) and the view (D, D).
     """
-    cosine = torch.einsum("bkd,cpd->bkcp", tokens, prototypes)  # (B, k, C, P)
-    return cosine.masked_fill(~filled, -torch.inf).amax(-1).mean(1)
+    described = described.double()
+    classes, index = rows.unique(return_inverse=True)
+    sums = described.new_zeros(len(classes), described.shape[1]).index_add_(0, index, described)
+    within = described - (sums / index.bincount().unsqueeze(1))[index]
+    covariance = within.T @ within / len(described)
+    covariance.diagonal().add_(RIDGE * covariance.diagonal().mean() + 1e-6)
+    variance, axes = torch.linalg.eigh(covariance)
+    return described.mean(0).float(), (axes * variance.rsqrt() @ axes.T).float()
+
+
+def coarse_keys(keys: Tensor) -> Tensor:
+    """Each image's mean key, (C, V, D), or with more than ``MANY`` classes each class's, (C, 1, D); unit length."""
+    images = F.normalize(keys.mean(2).float(), dim=-1)
+    return images if len(images) <= MANY else F.normalize(images.sum(1, keepdim=True), dim=-1)
+
+
+def resemblance(queries: Tensor, keys: Tensor, filled: Tensor, coarse: Tensor) -> tuple[Tensor, Tensor]:
+    """max_r cos(q_i, K_c,r) of each query token with the keys of the classes that its image resembles most.
+
+    Without a shortlist each token would meet all C·V·m keys; with it, what grows with C is one product with ``coarse``.
+
+    Args:
+        queries: (B, m, D), unit length.
+        keys: (C, V, m, D), unit length.
+        filled: (C, V), which of them exist.
+        coarse: ``coarse_keys`` of them.
+
+    Returns:
+        The cosines (B, m, S) and the classes (B, S), S = min(``SHORTLIST``, C).
+    """
+    overall = F.normalize(queries.mean(1), dim=-1)  # (B, D)
+    there = filled[:, : coarse.shape[1]]  # a class with images has a first
+    alike = torch.einsum("be,cve->bcv", overall, coarse).masked_fill(~there, -torch.inf).amax(-1)  # (B, C)
+    classes = alike.topk(min(SHORTLIST, len(keys)), dim=1).indices  # (B, S)
+    on_cpu = keys.device.type == "cpu"
+    precision = queries.dtype if on_cpu else keys.dtype  # a GPU multiplies the keys as they are kept
+    step = max(1, (ON_CPU if on_cpu else ON_GPU) // (classes.shape[1] * keys[0].numel()))
+    cosines = []
+    for some, mine in zip(queries.to(precision).split(step), classes.split(step), strict=True):
+        theirs = keys.index_select(0, mine.flatten()).to(precision)  # (b·S, V, m, D)
+        cosine = theirs.view(len(some), -1, theirs.shape[-1]) @ some.transpose(1, 2)  # (b, S·V·m, m)
+        cosine = cosine.view(*mine.shape, *keys.shape[1:3], -1)  # (b, S, V, m, m)
+        cosine = cosine.masked_fill(~filled[mine][:, :, :, None, None], -torch.inf)
+        cosines.append(cosine.flatten(2, 3).amax(2).transpose(1, 2).float())  # (b, m, S)
+    return torch.cat(cosines), classes
+
+
+def votes(cosines: Tensor, classes: Tensor, sharpness: float | Tensor, n_classes: int) -> Tensor:
+    """mean_i exp(-b (1 - cos_i)), what of it exceeds the shortlist's mean; 0 for all other classes: (B, C)."""
+    match = torch.exp(-sharpness * (1 - cosines)).mean(1)  # (B, S)
+    match = (match - match.mean(1, keepdim=True)).clamp(min=0)
+    return match.new_zeros(len(match), n_classes).scatter(1, classes, match)
+
+
+def choose(logits: Tensor, labels: Tensor, matches: list[Tensor]) -> tuple[float, float, float]:
+    """The sharpness with which most held-out images are right, and the lightest weight that gets as many right.
+
+    Args:
+        logits: (n, C), from the texts alone.
+        labels: (n,).
+        matches: ``votes`` at each of ``SHARPNESSES``, (n, C) each.
+
+    Returns:
+        Sharpness, weight, and the share of images that they get right.
+    """
+    best = logits.argmax(1).eq(labels).float().mean().item()
+    chosen = SHARPNESSES[0], 0.0, best
+    for sharpness, match in zip(SHARPNESSES, matches, strict=True):
+        gain = 1 / match.amax(1).mean().clamp(min=1e-6).item()
+        for weight in (weight * gain for weight in WEIGHTS):
+            right = (logits + weight * match).argmax(1).eq(labels).float().mean().item()
+            if right > best:
+                best, chosen = right, (sharpness, weight, right)
+    return chosen
+
+
+def unjudged(logits: Tensor, match: Tensor) -> float:
+    """The weight at which the match says ``SAY`` of what the texts say, for images whose labels nobody knows.
+
+    Either says as much as an image's best class stands out from the mean of all, on average over the images.
+
+    Args:
+        logits: (n, C), from the texts alone.
+        match: ``votes``, (n, C).
+    """
+    texts, match = ((scores.amax(1) - scores.mean(1)).mean().item() for scores in (logits, match))
+    return SAY * texts / match if match > 0 else 0.0
+
+
+def place_in_class(rows: Tensor) -> Tensor:
+    """How many earlier images are of the same class: (n,) → (n,)."""
+    order = rows.argsort(stable=True)
+    ordered = rows[order]
+    first = torch.searchsorted(ordered, ordered)
+    return torch.empty_like(rows).scatter_(0, order, torch.arange(len(rows), device=rows.device) - first)

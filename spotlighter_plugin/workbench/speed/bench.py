@@ -19,6 +19,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ...config import PRESETS, SpotlighterConfig
+from ...method.memory import coarse_keys
 from ...towers.clip import BUNDLED
 from ...towers.prompts import normalize
 from ...wrapper import SpotlighterWrapper
@@ -96,15 +97,16 @@ class Bench:
     def _wrap(self, config):
         wrapper = SpotlighterWrapper(self.host, config).eval()
         bank, memory = wrapper.plugin.bank, wrapper.plugin.memory
-        bank.prototypes.normal_()
-        bank.filled.fill_(True)
-        bank.is_empty = False
+        if bank is not None:
+            shape = self.setting.classes, config.prototypes
+            bank.prototypes = torch.randn(*shape, bank.prototypes.shape[-1], device=self.device)
+            bank.filled, bank.is_empty = torch.ones(shape, dtype=torch.bool, device=self.device), False
         if memory is not None:
-            shape = len(bank.filled), config.match_shots, max(config.match_tokens, 1)
-            width = bank.prototypes.shape[-1] * (2 if config.match_tokens else 1)
-            memory.keys = torch.randn(*shape, width, device=self.device, dtype=torch.half)
+            shape = self.setting.classes, config.match_shots, *memory.shape
+            memory.keys = torch.randn(shape, device=self.device, dtype=torch.half)
             memory.filled = torch.ones(shape[:2], dtype=torch.bool, device=self.device)
-            memory.centre, memory.view = torch.zeros(width, device=self.device), torch.eye(width, device=self.device)
+            memory.view = torch.eye(shape[-1], device=self.device)
+            memory.coarse = coarse_keys(memory.keys)
         return wrapper
 
     @torch.no_grad()
@@ -182,7 +184,10 @@ class Bench:
         width = self.wrappers[0].adapter.dim
         text = normalize(torch.randn(self.setting.classes, width, device=self.device)).to(self.host.dtype)
         for wrapper in self.wrappers:
-            wrapper.plugin.cache["raw text"] = text
+            wrapper.refresh()
+            wrapper.adapter.encode_text = lambda: text
+            wrapper(self.images)  # keeps them
+            del wrapper.adapter.encode_text
         return text
 
     def _step(self, loss_of, wrapper):

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from ...method.selector import Selector
+
 STAGES = ("stem and blocks before s", "scoring", "selection", "blocks from s on", "text and logits")
 OUTSIDE = ("scoring", "selection", "text and logits")
 """The stages outside the tower's own blocks."""
@@ -121,17 +123,19 @@ def _marked(wrapper, mark, device):
 
         return timing
 
-    instead = {"_cut": timed(wrapper._cut, cuts), "_choose": timed(wrapper._choose, cuts, lambda: mark("chosen"))}
-    instead |= {name: timed(getattr(wrapper, name), scores) for name in ("_sample_score", "_semantic_score")}
+    own = {name: getattr(Selector, name) for name in ("cut", "select", "sample_score", "semantic_score")}
+    instead = {"cut": timed(own["cut"], cuts), "select": timed(own["select"], cuts, lambda: mark("chosen"))}
+    instead |= {name: timed(own[name], scores) for name in ("sample_score", "semantic_score")}
     hooks = [
         vision.register_forward_pre_hook(lambda *_: mark("tower")),
         vision.register_forward_hook(lambda *_: mark("tower left")),
     ]
-    vars(wrapper).update(instead)
+    for name, work in instead.items():
+        setattr(Selector, name, work)
     try:
         yield cuts, scores
     finally:
-        for name in instead:
-            delattr(wrapper, name)
+        for name, work in own.items():
+            setattr(Selector, name, work)
         for hook in hooks:
             hook.remove()

@@ -1,0 +1,217 @@
+"""What happens inside the tower to one batch: sequences that enter its blocks come in, those that go on go out.
+
+A ``Selector`` lives for one call and holds all that belongs to it, so calls never meet.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import activation
+from .memory import describe
+from .plugin import Plugin
+from .token_stream import Pass
+
+
+@dataclass
+class Selector:
+    """One batch on its way; ``choices`` are what the token stream calls before each cut's block.
+
+    Attributes:
+        tokens: z of the kept tokens, best first, (B, k, d), where something reads them.
+        kept: their places in the image, (B, k) in 0…N-1.
+        described: the image's m best tokens beside its CLS, (B, m, D), if it is to be matched with the memory.
+        levels: image embedding and tokens of level 1 and level 2 alone; in training.
+        full: v⁰ before normalization, (B, d); in training.
+        category: c*, (B,).
+        refined: Û, (P, B, w).
+    """
+
+    config: object
+    plugin: Plugin
+    vision: nn.Module
+    to_texts: Callable[[Tensor], Tensor]  # from the tower's joint space to that of the texts
+    constant: Callable[[str, Callable], Tensor]  # what stays the same while nothing is trained
+    images: Tensor
+    text: Tensor  # (C, d), unit length
+    scale: Tensor  # 1/τ
+    rows: Tensor | None = None  # (B,), the bank's row of each image; None at inference
+    wants: frozenset[str] = frozenset()  # names of the losses to come
+    describes: bool = False
+    tokens: Tensor | None = None
+    kept: Tensor | None = None
+    described: Tensor | None = None
+    levels: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
+    full: Tensor | None = None
+    category: Tensor | None = None
+    refined: Tensor | None = None
+    _alive: Tensor | None = None  # (B, n) in 0…N-1, the tokens that earlier cuts left; None before any cut
+    _fused: Tensor | None = None  # the token that stands for the dropped ones, (1, B, w)
+
+    def choices(self, early: list[int]) -> list[Callable[[Pass, Tensor], Tensor]]:
+        """A choice per cut; ``early``: how many tokens those before block s keep."""
+        return [*(partial(self.cut, k) for k in early), self.select]
+
+    def cut(self, k: int, tower: Pass, hidden: Tensor) -> Tensor:
+        """An early cut lets the k best go on, by the sample-wise score alone: (1+n+M, B, w) → (S, B, w)."""
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            scores = activation.standardise(self.sample_score(tower, hidden))  # (B, n)
+            kept = activation.top_tokens(self._of_tokens(scores), k)  # (B, k)
+        self._fused = self._fuse(tower, hidden, scores, kept)
+        self._alive = self._original(kept)
+        self._describe(tower, hidden, kept)
+        return self._sequence(tower, hidden, tower.tokens(hidden, kept))[0]
+
+    def select(self, tower: Pass, hidden: Tensor) -> Tensor:
+        """Score the tokens that enter block s and give the sequence that goes on: (1+n+M, B, w) → (S, B, w)."""
+        config, bank, training = self.config, self.plugin.bank, self.rows is not None
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            sample = self.sample_score(tower, hidden)  # (B, n)
+            scores = activation.standardise(sample)
+            if self.has_semantics:
+                every = hidden[1 : 1 + tower.n_now]  # (n, B, w)
+                scores = scores + activation.standardise(self.semantic_score(hidden, every))
+            kept = activation.top_tokens(self._of_tokens(scores), config.top_k)  # tok^act, (B, k)
+            dropped = scores, kept
+            self._describe(tower, hidden, kept)
+            if training and self.plugin.training and self._bank_is_read(hidden):
+                chosen = tower.tokens(hidden, kept).transpose(0, 1)  # (B, k, w)
+                bank.update(chosen, self.project(chosen), self.rows, config.beta, self.project)
+            if config.recalculate and self.has_semantics and (training or config.levels != "1+2"):
+                semantic = self.semantic_score(hidden, tower.tokens(hidden, kept))
+                again = activation.standardise(sample.gather(1, kept)) + activation.standardise(semantic)
+                kept = kept.gather(1, activation.top_tokens(again, config.top_k))
+            if self.plugin.mapping.irm is not None and not bank.is_empty:
+                self.category = self._match_category(hidden)
+            if not training:
+                kept = activation.split_levels(kept, config.levels)
+            self.kept = self._original(kept)
+        self._fused = self._fuse(tower, hidden, *dropped)
+        tokens = tower.tokens(hidden, kept)  # (k, B, w)
+        if self.plugin.mapping.trm is not None or "local" in self.wants:
+            self.tokens = self.project(tokens).transpose(0, 1)  # (B, k, d)
+        sequence, self.refined = self._sequence(tower, hidden, tokens)
+        if training:
+            self._further_passes(tower, hidden, tokens, sequence)
+        return sequence
+
+    def image(self, image: Tensor, tower: Pass) -> Tensor:
+        """v before normalization, (B, d) float32, of what the host made of the output; completes the description."""
+        if self.describes:
+            self.described = describe(self.described, self.vision.ln_post(tower.output[0]))  # (B, m, D)
+        return self._readout(image, tower.output, self.refined)
+
+    # ----------------------------------------------------------------------------------------------------------- scores
+
+    def sample_score(self, tower: Pass, hidden: Tensor) -> Tensor:
+        """Sample-wise score of what enters the present cut's block, (B, n)."""
+        n = tower.n_now
+        match self.config.activation:
+            case "attention":
+                return activation.attention_score(hidden, tower.block, n)
+            case "lens":
+                tokens = self.project(hidden[1 : 1 + n]).transpose(0, 1)  # (B, n, d)
+                return activation.lens_score(tokens, self._target(hidden))
+            case "random":
+                return activation.random_score(activation.image_keys(self.images), n, self.config.seed)
+
+    def semantic_score(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Semantic-wise score of tokens (n, B, w): (B, n)."""
+        category = self._match_category(hidden)
+        prototypes, filled = self.prototypes[category], self.plugin.bank.filled[category]
+        joint = self.project(tokens).transpose(0, 1)  # (B, n, d)
+        return activation.semantic_score(joint, prototypes, filled, self._target(hidden), self.scale)
+
+    @property
+    def has_semantics(self) -> bool:
+        return self.config.semantic_activation and not self.plugin.bank.is_empty
+
+    @property
+    def prototypes(self) -> Tensor:
+        """π(U), (C, P, d)."""
+        return self.constant("prototypes", lambda: self.project(self.plugin.bank.prototypes))
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """π to the texts' space, of unit length: (…, w) → (…, d), float32."""
+        return F.normalize(self.to_texts(activation.read_out(hidden, self.vision)).float(), dim=-1)
+
+    def _target(self, hidden: Tensor) -> Tensor:
+        """t̂ of each image, as CLS sees it on entering the block: (B, d)."""
+        return activation.expected_text(self.project(hidden[0]), self.text, self.scale)
+
+    def _match_category(self, hidden: Tensor) -> Tensor:
+        return activation.match_category(self.project(hidden[0]), self.prototypes, self.plugin.bank.filled)
+
+    def _bank_is_read(self, hidden: Tensor) -> bool:
+        """Whether anything reads the prototypes; L_local does where it reaches something that is trained."""
+        if self.config.semantic_activation or self.plugin.mapping.irm is not None:
+            return True
+        with torch.enable_grad():
+            return "local" in self.wants and self.project(hidden[0, :1]).requires_grad
+
+    # -------------------------------------------------------------------------------------------------------- sequences
+
+    def _sequence(self, tower: Pass, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The sequence on given tokens (k, B, w), and Û (P, B, w) of these tokens, Eq. 8-10."""
+        entering = tokens if self._fused is None else torch.cat([tokens, self._fused])  # (k, B, w) or (k+1, B, w)
+        if self.category is None:
+            return tower.sequence(hidden, entering), None
+        prototypes, filled = self.plugin.bank.of(self.category)  # (B, P, w), (B, P)
+        present = filled.unsqueeze(-1).to(prototypes.dtype)
+        mean = (prototypes * present).sum(1, keepdim=True) / present.sum(1, keepdim=True)
+        prototypes = torch.where(filled.unsqueeze(-1), prototypes, mean).transpose(0, 1).to(hidden.dtype)  # (P, B, w)
+        refined = self.plugin.mapping.irm(prototypes, tokens, tower.block)
+        extra = refined if self.config.prototypes_in == "sequence" else None
+        return tower.sequence(hidden, entering, extra), refined
+
+    def _further_passes(self, tower: Pass, hidden: Tensor, tokens: Tensor, sequence: Tensor) -> None:
+        """Training only: each level alone for L_gra, and all tokens without gradient for v⁰."""
+        upper = (len(tokens) + 1) // 2
+        for name, part in (("gra_high", slice(None, upper)), ("gra_low", slice(upper, None))):
+            if {"gra", name} & self.wants:
+                level, refined = self._sequence(tower, hidden, tokens[part])
+                image, output = tower.tail(level)
+                image = self._readout(self.to_texts(image), output, refined)
+                self.levels.append((image, None if self.tokens is None else self.tokens[:, part]))
+        learns = (
+            sequence.requires_grad
+            or self.refined is not None
+            or any(parameter.requires_grad for block in tower.stages[-1] for parameter in block.parameters())
+            or any(parameter.requires_grad for parameter in self.vision.ln_post.parameters())
+        )
+        if "kl_visual" in self.wants and learns:
+            with torch.no_grad():
+                self.full = self.to_texts(tower.whole())
+
+    def _readout(self, image: Tensor, output: Tensor, refined: Tensor | None) -> Tensor:
+        """v before normalization: π(CLS) + α_v mean_p π(Û), (B, d) float32."""
+        image = image.float()
+        if refined is None:
+            return image
+        if self.config.prototypes_in == "sequence":
+            refined = output[1 : 1 + len(refined)]  # Û as block L-1 leaves it
+        joint = self.to_texts(activation.read_out(refined, self.vision))  # (P, B, d)
+        return image + self.plugin.mapping.readout_weight * joint.float().mean(0)
+
+    def _describe(self, tower: Pass, hidden: Tensor, kept: Tensor) -> None:
+        """At the first cut, the best tokens (B, m, w) as the block there sees them."""
+        if self.describes and self.described is None:
+            best = tower.tokens(hidden, kept[:, : self.config.match_tokens])  # (m, B, w)
+            self.described = tower.block.ln_1(best).transpose(0, 1)
+
+    def _of_tokens(self, scores: Tensor) -> Tensor:
+        """Scores (B, n) without that of a token which stands for others: (B, n) or (B, n-1)."""
+        return scores if self._alive is None else scores[:, : self._alive.shape[1]]
+
+    def _original(self, kept: Tensor) -> Tensor:
+        """Places in the image, 0…N-1, of tokens ``kept`` (B, k) among those that earlier cuts left: (B, k)."""
+        return kept if self._alive is None else self._alive.gather(1, kept)
+
+    def _fuse(self, tower: Pass, hidden: Tensor, scores: Tensor, kept: Tensor) -> Tensor | None:
+        if not self.config.fuse_dropped or kept.shape[1] == scores.shape[1]:
+            return None
+        return activation.fuse_dropped(hidden[1 : 1 + tower.n_now], scores, kept)
