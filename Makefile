@@ -32,5 +32,5 @@ $(VENV)/installed: setup.py constraints.txt
 	@touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
-	$(PIP) --no-build-isolation --editable ".[test,figures]"
+	$(PIP) --no-build-isolation --editable ".[test]"
 	@touch $@

@@ -9,7 +9,7 @@ from . import compat
 compat.apply()
 
 __all__ = ["SpotlighterConfig", "SpotlighterWrapper"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def __getattr__(name):

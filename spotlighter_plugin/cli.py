@@ -4,6 +4,8 @@ import importlib
 import os
 import platform
 import sys
+from pathlib import Path
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -53,11 +55,16 @@ def _commands():
 
 
 @app.command()
-def demo(root: str = "data", seed: int = 1):
+def demo(
+    root: Annotated[Path, typer.Option(help="where pictures are drawn")] = Path("data"),
+    seed: Annotated[int, typer.Option(help="of shots and training")] = 1,
+    output: Annotated[Path, typer.Option(help="folder of the table and the logs")] = Path("output/demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="to see that it runs: no real figures")] = False,
+):
     """CoOp with and without Spotlighter on the bundled pictures: one table, a few minutes on two cores."""
     from .workbench.demo import run
 
-    run(root, seed)
+    run(str(root), seed, output, quick)
 
 
 @app.command()

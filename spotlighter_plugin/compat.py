@@ -14,7 +14,8 @@ import types
 import warnings
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent  # trainers/, datasets/, configs/ and patches/ are below it
+_BUNDLED = Path(__file__).resolve().with_name("bundled")  # in an installed package, see setup.py
+ROOT = _BUNDLED if _BUNDLED.is_dir() else _BUNDLED.parents[1]  # trainers/, datasets/, configs/, patches/ are below it
 RUNTIME = Path(__file__).with_name("runtime")
 _libraries = []  # torch.library.Library objects: a declaration lives as long as its object
 

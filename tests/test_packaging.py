@@ -1,46 +1,129 @@
 """What an installation needs: files in the package, the console script, the Makefile's promises."""
 
+import importlib.util
+import json
 import os
 import re
 import shutil
+import site
 import subprocess
 import sys
+import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+from test_attach import miniature
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
+BUNDLED = ("trainers", "datasets", "configs", "patches")
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """The wheel of this tree, as {name: content}, built in a copy."""
+    """The wheel of this tree, built in a copy."""
     copy = tmp_path_factory.mktemp("tree")
-    shutil.copytree(ROOT / "spotlighter_plugin", copy / "spotlighter_plugin", ignore=shutil.ignore_patterns("*.pyc"))
-    (copy / "spotlighter_plugin" / "weights").mkdir(exist_ok=True)
-    (copy / "spotlighter_plugin" / "weights" / "some.safetensors").write_bytes(b"x")
-    for name in ("setup.py", "pyproject.toml", "LICENSE"):
+    for name in ("spotlighter_plugin", *BUNDLED):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.pyc"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, copy)
     command = [sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", "dist"]
     done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    with zipfile.ZipFile(next((copy / "dist").glob("*.whl"))) as archive:
+    return next((copy / "dist").glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def packed(wheel):
+    """What is in the wheel: {name: content}."""
+    with zipfile.ZipFile(wheel) as archive:
         return {name: archive.read(name) for name in archive.namelist()}
 
 
-def test_the_wheel_carries_every_module_the_runtime_and_the_weights(wheel):
-    modules = {str(p.relative_to(ROOT)) for p in (ROOT / "spotlighter_plugin").rglob("*.py")}
-    assert modules <= wheel.keys()
-    assert "spotlighter_plugin/runtime/dassl/engine/trainer.py" in wheel
-    assert "spotlighter_plugin/weights/some.safetensors" in wheel
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """A call of `spotlighter` as the wheel installs it into an empty environment, far from the repository.
+
+    Torch and its kin are borrowed from the running interpreter; nothing is downloaded.
+    """
+    if importlib.util.find_spec("pip") is None:
+        pytest.skip("no pip here")
+    place = tmp_path_factory.mktemp("installed")
+    venv.create(place / "venv", with_pip=False)
+    python = place / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
+    install = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python, "install", "-q"]
+    subprocess.run([*install, "--no-deps", "--no-index", wheel], check=True, timeout=120)
+    packages = next((place / "venv").rglob("site-packages"))
+    added = {path.name for path in packages.iterdir()}
+    (packages / "borrowed.pth").write_text("\n".join(site.getsitepackages()) + "\n")
+
+    def spotlighter(*arguments, cwd=place):
+        env = {**os.environ, "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "20000000000"}
+        env.pop("PYTHONPATH", None)
+        command = [python.with_name("spotlighter"), *arguments]
+        done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    spotlighter.place, spotlighter.added = place, added
+    return spotlighter
 
 
-def test_the_wheel_installs_the_command_and_names_its_requirements(wheel):
-    info = {Path(name).name: content.decode() for name, content in wheel.items() if ".dist-info/" in name}
+def test_the_wheel_carries_every_module_the_runtime_and_the_weights(packed):
+    assert {str(p.relative_to(ROOT)) for p in (ROOT / "spotlighter_plugin").rglob("*.py")} <= packed.keys()
+    assert "spotlighter_plugin/runtime/dassl/engine/trainer.py" in packed
+    assert any(name.endswith(".safetensors") for name in packed) and "spotlighter_plugin/py.typed" in packed
+
+
+def test_the_wheel_carries_trainers_data_sets_configurations_and_patches_below_the_package(packed):
+    for folder in BUNDLED:
+        files = {p.relative_to(ROOT) for p in (ROOT / folder).rglob("*") if p.is_file() and p.suffix != ".pyc"}
+        assert files and {f"spotlighter_plugin/bundled/{path}" for path in files} <= packed.keys()
+
+
+def test_the_wheel_installs_the_command_and_names_its_requirements(packed):
+    info = {Path(name).name: content.decode() for name, content in packed.items() if ".dist-info/" in name}
     assert "spotlighter = spotlighter_plugin.cli:main" in info["entry_points.txt"]
     assert "Requires-Python: >=3.10" in info["METADATA"] and "setuptools<81" in info["METADATA"]
-    assert {"test", "figures"} == set(re.findall(r"^Provides-Extra: (\w+)$", info["METADATA"], re.M))
+    assert {"test"} <= set(re.findall(r"^Provides-Extra: (\w+)$", info["METADATA"], re.M))
+    for path in re.findall(r"^Project-URL: \w+, (.+)$", info["METADATA"], re.M):
+        assert path.startswith("https://") or (ROOT / path).is_file(), path
+
+
+def test_an_installed_package_puts_nothing_but_itself_beside_other_peoples(installed):
+    assert all(name.startswith("spotlighter_plugin") for name in installed.added)
+
+
+def test_an_installed_package_attaches_to_a_fork_plans_and_is_sound(installed):
+    fork = miniature(installed.place / "fork", "MaPLe")
+    assert "created trainers/maple_spotlighter.py" in installed("attach", str(fork))
+    assert (fork / "configs/trainers/MaPLeSpotlighter/vit_b16.yaml").is_file()
+    assert "nothing to do" in installed("attach", str(fork))
+    planned = installed("sweep", "base2new", "--datasets", "dtd", "--seeds", "1", "--plan").splitlines()
+    assert len(planned) == 4 and all("workbench.training.train --root" in line for line in planned)
+    assert "missing" not in installed("doctor")
+
+
+def test_an_installed_package_runs_a_forks_script_with_our_trainer(installed):
+    fork = miniature(installed.place / "another", "CoOp")
+    (fork / "trainers/coop.py").write_text(
+        "from dassl.engine import TRAINER_REGISTRY, TrainerX\n" + (fork / "trainers/coop.py").read_text()
+    )
+    (fork / "train.py").write_text(
+        "from dassl.engine import TRAINER_REGISTRY\nimport trainers.coop\n"
+        "print(TRAINER_REGISTRY.get('CoOpSpotlighter').__bases__[1].__module__)\n"
+    )
+    assert installed("run", "--", "train.py", cwd=fork) == "trainers.coop\n"
+
+
+def test_an_installed_package_runs_the_demo_and_says_what_it_is_doing_and_what_is_next(installed):
+    said = installed("demo", "--quick")
+    assert "CoOp: training" in said and "CoOp + Spotlighter │" in said
+    assert len(json.loads((installed.place / "output/demo/table.json").read_text())) == 3
+    *_, results, first, second = said.splitlines()
+    assert "output/demo/table.json" in results and first.startswith("  spotlighter") and second.startswith("  spot")
 
 
 def test_the_constraints_pin_torch_so_that_no_cuda_build_is_drawn_in():
@@ -59,7 +142,7 @@ def test_make_installs_before_it_runs_and_not_again_afterwards(tmp_path):
         return done.stdout
 
     assert re.search(r"-m venv.*--no-build-isolation.*spotlighter demo", plan("demo"), re.S)
-    assert re.search(r"-m venv.*\[test,figures\].*-m pytest", plan("test"), re.S)
+    assert re.search(r"-m venv.*\[test\].*-m pytest", plan("test"), re.S)
     (tmp_path / ".venv").mkdir()
     for name in ("installed", "installed-test"):
         (tmp_path / ".venv" / name).touch()

@@ -16,7 +16,6 @@ def check_path(flag: str, path: Path) -> None:
         raise FileNotFoundError(f"{flag} {path}: the folder {folder} does not exist")
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"{flag} {path}: cannot write to {folder}")
-    _matplotlib()
 
 
 @contextmanager
@@ -34,11 +33,9 @@ def figure(path: Path, width: float, height: float, **subplots):
 
 
 def _matplotlib():
-    try:
-        import matplotlib
+    import matplotlib
 
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise ValueError("figures need matplotlib: pip install 'spotlighter-plugin[figures]'") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     return plt

@@ -209,11 +209,9 @@ def embeddings(wrapper: SpotlighterWrapper, batch: torch.Tensor) -> dict[str, to
 
 def draw_tsne(found: dict[str, torch.Tensor], labels: list[str], path: Path, seed: int = 0) -> None:
     """A panel per embedding (n, d), coloured by label; the title has the silhouette of the classes before t-SNE."""
-    try:
-        from sklearn.manifold import TSNE
-        from sklearn.metrics import silhouette_score
-    except ImportError:
-        raise ValueError("t-SNE needs scikit-learn: pip install 'spotlighter-plugin[figures]'") from None
+    from sklearn.manifold import TSNE
+    from sklearn.metrics import silhouette_score
+
     names = list(dict.fromkeys(labels))
     numbers = [names.index(label) for label in labels]
     if len(names) < 2 or len(labels) < len(names) + 1:

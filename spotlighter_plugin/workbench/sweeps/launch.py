@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from queue import Queue
 
+from .plan import HERE, train_py
+
 
 def run_chain(chain, home, environment=None, call=None):
     """Run what is not complete of a chain, in order. Returns the first failure as one line, "" if there is none.
@@ -41,7 +43,7 @@ def _execute(run, call):
 def _call_train_py(home, environment, run, errors, lock):
     """train.py's exit code, in a process of its own that keeps the open files of `lock`."""
     return subprocess.run(
-        [sys.executable, "train.py", *run.arguments],
+        [sys.executable, *train_py(home), *run.arguments],
         cwd=home,
         env=os.environ | (environment or {}),
         stdin=subprocess.DEVNULL,
@@ -137,7 +139,6 @@ def launch_ray(chains, home, jobs):
 def launch_cached(chains, home, jobs):
     """In this process, one after the other, a data set's runs on the same hidden states: see `CachedRuns`."""
     from ..training.cached import CachedRuns
-    from .plan import HERE
 
     if jobs > 1 or Path(home).resolve() != HERE:
         raise ValueError("--launcher cached runs this repository's train.py, one run at a time")

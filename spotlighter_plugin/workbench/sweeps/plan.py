@@ -20,6 +20,12 @@ PROTOCOLS = ("base2new", "fewshot", "crossdomain", "crossdataset")
 ZERO_SHOT = "ZeroshotCLIP"
 
 
+def train_py(home: Path) -> list[str]:
+    """What follows `python` to run a home's train.py; an installed package has a module in its place."""
+    module = ["-m", "spotlighter_plugin.workbench.training.train"]
+    return ["train.py"] if Path(home, "train.py").is_file() else module
+
+
 @dataclass(frozen=True)
 class Run:
     """One call of train.py.

@@ -12,7 +12,7 @@ from typer.core import TyperCommand
 
 from ..training.runs import progress
 from .launch import LAUNCHERS
-from .plan import GROUPS, HERE, PROTOCOLS, Plan
+from .plan import GROUPS, HERE, PROTOCOLS, Plan, train_py
 
 
 def sweep(plan, jobs=1, launcher="here", console=None):
@@ -104,7 +104,7 @@ def command(
     )
     if plan_only:
         for run in (run for chain in plan.chains() for run in chain):
-            print(shlex.join(["python", "train.py", *run.arguments]))
+            print(shlex.join(["python", *train_py(home), *run.arguments]))
         return
     if sweep(plan, jobs, launcher):
         raise typer.Exit(1)

@@ -4,6 +4,7 @@ import contextlib
 import io
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -69,10 +70,20 @@ class Laboratory:
         block: block at which runs start, at most the methods' SELECT_BLOCK; None for whole towers and images.
         thin: look at every thin-th test image only.
         classes: the parts that are trained on and tested; ("inner-base", "inner-new") to choose options.
+        say: is told what begins.
     """
 
-    def __init__(self, dataset: str, root: str = "data", block: int | None = -2, classes=("base", "new"), thin=1):
+    def __init__(
+        self,
+        dataset: str,
+        root: str = "data",
+        block: int | None = -2,
+        classes: tuple[str, str] = ("base", "new"),
+        thin: int = 1,
+        say: Callable[[str], None] = lambda what: None,
+    ):
         self.dataset, self.root, self.block, self.classes, self.thin = dataset, root, block, classes, thin
+        self.say = say
         self.states = None
         self.modules = import_trainers_and_datasets()
 
@@ -84,8 +95,10 @@ class Laboratory:
         started, passing = time.time(), contextlib.nullcontext(str(kept)) if kept else tempfile.TemporaryDirectory()
         with passing as folder, contextlib.redirect_stdout(io.StringIO()) as text:
             try:
+                self.say(f"{method.name}: pictures and model")
                 trained = self.trainer(method, seed, self.classes[0], folder)
                 if trained.get_model_names():
+                    self.say(f"{method.name}: training")
                     trained.train()
                 correct = self._test_both(trained, method, seed, folder)
             finally:
@@ -124,7 +137,9 @@ class Laboratory:
     def _test_both(self, trained, method: Method, seed: int, folder: str) -> dict[str, np.ndarray]:
         if _tests_twice(trained.cfg):
             return {"base": self._test(trained, "val"), "new": self._test(trained, "test")}
+        self.say(f"{method.name}: test, {self.classes[0]} classes")
         correct = {"base": self._test(trained)}
+        self.say(f"{method.name}: test, {self.classes[1]} classes")
         other = self.trainer(method, seed, self.classes[1], folder)
         if other.get_model_names():
             other.load_model(folder, epoch=trained.max_epoch)

@@ -175,3 +175,7 @@ def _last_checkpoint(trainer):
     name = trainer.get_model_names()[0]
     epochs = saved_epochs(os.path.join(trainer.output_dir, name))
     return f"the checkpoint of epoch {max(epochs)} is kept in {trainer.output_dir}" if epochs else "no checkpoint yet"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
