@@ -9,7 +9,9 @@ import torch
 from evidence_kit import NAMES, write_family
 
 from spotlighter_plugin.cli import main
-from spotlighter_plugin.workbench.evidence import command, plugin, rows
+from spotlighter_plugin.config import SpotlighterConfig
+from spotlighter_plugin.workbench.evidence import command, hosts, plugin
+from spotlighter_plugin.workbench.evidence.cell import Cell
 from spotlighter_plugin.workbench.evidence.judge import Answers, Exam
 from spotlighter_plugin.workbench.evidence.results import Key, Results
 from spotlighter_plugin.workbench.evidence.tasks import FrozenTower, Scenes, configuration, load_task
@@ -21,9 +23,9 @@ KEYS = ACCURACIES | {"method", "dataset", "operations_ratio", "trained", "memory
 @pytest.fixture
 def family(tmp_path, monkeypatch):
     """Configuration files of two small data sets; rows are tuned over two settings and trained for a moment."""
-    monkeypatch.setattr(rows, "LENGTHS", (1,))
-    monkeypatch.setattr(rows, "SHORT", (1,))
-    monkeypatch.setattr(rows, "RATES", (0.01, 0.05))
+    monkeypatch.setattr(hosts, "LENGTHS", (1,))
+    monkeypatch.setattr(hosts, "SHORT", (1,))
+    monkeypatch.setattr(hosts, "RATES", (0.01, 0.05))
     monkeypatch.setattr(command, "FOLDER", tmp_path / "kept")
     return write_family(tmp_path, monkeypatch)
 
@@ -70,13 +72,38 @@ def test_a_table_is_run_once_written_as_records_and_shown_again(tmp_path, family
 
 def test_rows_of_other_settings_are_run_again_and_other_rows_stay(tmp_path, family, monkeypatch, capsys):
     assert evidence(tmp_path, family[:1], "--rows", "zero-shot", "CoOp") == 0
-    monkeypatch.setattr(rows, "RATES", (0.02, 0.05))
+    monkeypatch.setattr(hosts, "RATES", (0.02, 0.05))
     capsys.readouterr()
     assert evidence(tmp_path, family[:1], "--rows", "zero-shot", "CoOp") == 0
     printed = capsys.readouterr().out
     assert "seed 1: CoOp (" in printed and "seed 1: zero-shot (" not in printed
     assert evidence(tmp_path, family[:1], "--rows", "zero-shot", "--again") == 0
     assert "seed 1: zero-shot (" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("host", ["MaPLe", "CLIPFit"])
+def test_a_host_that_trains_its_tower_is_judged_by_what_its_own_tower_sees(tmp_path, family, monkeypatch, host):
+    trainer, tries = hosts.TUNED[host.lower()]
+    monkeypatch.setitem(hosts.TUNED, host.lower(), (trainer, ((0.5, 1, 12),)))
+    names = [host, f"{host} + cache", f"{host} + Spotlighter", f"{host} + Spotlighter, trained together"]
+    assert evidence(tmp_path, family[:1], "--host", host.lower(), "--rows", "zero-shot", *names) == 0
+    records = json.loads((tmp_path / "rows.json").read_text())
+    found = {record["method"]: record for record in records if record.get("dataset") == "average"}
+    assert set(found) == {"zero-shot", *names}
+    assert found[host]["trained"] > 1000 and found[names[2]]["memory_mb"] > 0
+    kept = Results(tmp_path / "rows.npz")
+    cell = Cell(
+        hosts.kind_of(host.lower()), family[0], 1, str(tmp_path), task_of(tmp_path, family),
+        FrozenTower(configuration(family[0], 1, str(tmp_path)), tmp_path), tmp_path / "kept",
+    )  # fmt: skip
+    fitted = cell.host[2]
+    with torch.no_grad():
+        logits = fitted.model(list(NAMES), "cpu")(cell.tower.pictures(cell.task.test.paths))
+    right = (logits.argmax(1) == cell.task.test.labels).numpy()
+    assert np.array_equal(right, kept.answers[Key(host, "Tiles", "Tiles", 1)].one)
+    assert not torch.allclose(
+        fitted.looks(cell.task.test, cell.tower), cell.tower.features(cell.task.test.paths), atol=0.01
+    )
 
 
 @pytest.mark.parametrize(
@@ -125,12 +152,12 @@ def test_features_are_kept_by_what_a_picture_holds(tmp_path, family, monkeypatch
 
 
 def test_spotlighter_on_kept_states_answers_as_on_pictures(tmp_path, family):
-    cell = rows.Cell(
+    cell = Cell(hosts.kind_of("coop"),
         family[0], 1, str(tmp_path), task_of(tmp_path, family),
         FrozenTower(configuration(family[0], 1, str(tmp_path)), tmp_path), tmp_path,
     )  # fmt: skip
     task, tower = cell.task, cell.tower
-    attached = plugin.attach(cell.host[2], rows.SpotlighterConfig(), task, tower)
+    attached = plugin.attach(cell.host[2], SpotlighterConfig(), task, tower)
     answers = attached.answers(task.test, tower)
     is_base = (task.test.labels < task.known).numpy()
     for names, mine, low, right in (

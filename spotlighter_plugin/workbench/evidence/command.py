@@ -9,6 +9,7 @@ from rich.console import Console
 
 from ..sweeps.sweep import ListOptions
 from ..training.settings import ROOT, import_trainers_and_datasets
+from .hosts import kind_of
 from .results import Results
 from .rows import rows as every_row
 from .run import Laboratory
@@ -18,14 +19,13 @@ from .tasks import configuration, written_aside
 
 FAMILY = tuple(f"emoji_scenes{part}" for part in ("", "_pixel", "_dark", "_swap"))
 FOLDER = Path("output/evidence")  # what saves time in another run
-HOSTS = {"coop": "CoOp"}
 
 app = typer.Typer(add_completion=False)
 
 
 @app.command(cls=ListOptions)
 def command(
-    host: Annotated[str, typer.Option(help=", ".join(HOSTS))] = "coop",
+    host: Annotated[str, typer.Option(help="coop, maple, clipfit")] = "coop",
     datasets: Annotated[list[str], typer.Option(help="names of configs/datasets, the source first")] = FAMILY,
     seeds: Annotated[list[int], typer.Option(help="seeds of shots and training")] = (1, 2, 3),
     rows: Annotated[list[str], typer.Option(help="rows by name (default: all)")] = (),
@@ -40,10 +40,9 @@ def command(
 
     Finished rows are kept in one file, so a killed command goes on where it was.
     """
-    if host not in HOSTS:
-        raise ValueError(f"--host {host}: take one of {', '.join(HOSTS)}")
+    kind, files = kind_of(host), [_file(dataset) for dataset in datasets]
     import_trainers_and_datasets()
-    name, files, known = HOSTS[host], [_file(dataset) for dataset in datasets], every_row(HOSTS[host])
+    name, known = kind.trainer, every_row(kind)
     if unknown := set(rows).difference(row.name for row in known):
         raise ValueError(f"--rows {min(unknown)}: no such row; there are {', '.join(row.name for row in known)}")
     known = [row for row in known if not rows or row.name in rows]
@@ -52,7 +51,7 @@ def command(
         raise FileNotFoundError(f"{path}: no finished rows are kept there; run without --show")
     console, kept = Console(), Results(path)
     if not show:
-        laboratory = Laboratory(kept, root, FOLDER, again, console.print)
+        laboratory = Laboratory(kind, kept, root, FOLDER, again, console.print)
         laboratory.run(known, files, list(seeds), files[0] if cross and len(files) > 1 else None)
 
     listed, sets = [row.name for row in known], [configuration(file, 1, root).DATASET.NAME for file in files]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 from clip.model import VisionTransformer
 from dassl.data.datasets import Datum
 from dassl.engine import TRAINER_REGISTRY
@@ -16,30 +17,81 @@ from torch import Tensor, nn
 from ...method.losses import text_regularisation
 from ...trainer import hand_written_texts
 from ..training.cached import CachedLoader, keep_tail
-from .tasks import FrozenTower, Scenes, Task, configuration
+from .tasks import FrozenTower, Scenes, Task, chunks, configuration
 
+LENGTHS, SHORT, RATES = (3, 10, 30), (2, 5, 15), (0.03, 0.1, 0.3)  # epochs without and with tokens, learning rates
+RATE, EPOCHS, SIZE = "OPTIM.LR", "OPTIM.MAX_EPOCH", "DATALOADER.TRAIN_X.BATCH_SIZE"
 COMMON = {
-    "OPTIM.NAME": "sgd", "OPTIM.LR_SCHEDULER": "cosine", "OPTIM.WARMUP_EPOCH": 1, "OPTIM.WARMUP_TYPE": "constant",
-    "OPTIM.WARMUP_CONS_LR": 1e-5, "DATALOADER.TRAIN_X.BATCH_SIZE": 128, "DATALOADER.TEST.BATCH_SIZE": 256,
-    "DATALOADER.NUM_WORKERS": 0, "TRAINER.COOP.PREC": "fp32", "TRAIN.PRINT_FREQ": 1000,
+    "OPTIM.NAME": "sgd", "OPTIM.LR_SCHEDULER": "cosine", "OPTIM.WARMUP_EPOCH": 0, SIZE: 128,
+    "DATALOADER.TEST.BATCH_SIZE": 256, "DATALOADER.NUM_WORKERS": 0, "TRAIN.PRINT_FREQ": 1000,
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
+class Kind:
+    """A host and how it is trained.
+
+    Attributes:
+        trainer: as registered. options: of every training. grid: rates and lengths that tuning compares, without tokens
+            and, with the plug-in, with them.
+        keeps_tower: whether the vision tower stays as it is, so that what it sees can be kept.
+    """
+
+    trainer: str
+    options: dict
+    grid: tuple[dict, ...]
+    grid_with_tokens: tuple[dict, ...]
+    keeps_tower: bool = False
+
+
+def rates(lengths) -> tuple[dict, ...]:
+    return tuple({RATE: rate, EPOCHS: n} for n in lengths for rate in RATES)
+
+
+def kind_of(host: str) -> Kind:
+    """coop, maple or clipfit, by name; raises ValueError for another."""
+    if host == "coop":
+        warm = {"OPTIM.WARMUP_EPOCH": 1, "OPTIM.WARMUP_TYPE": "constant", "OPTIM.WARMUP_CONS_LR": 1e-5}
+        return Kind("CoOp", {**warm, "TRAINER.COOP.PREC": "fp32"}, rates(LENGTHS), rates(SHORT), True)
+    if host not in TUNED:
+        raise ValueError(f"--host {host}: take one of coop, {', '.join(TUNED)}")
+    trainer, tries = TUNED[host]
+    grid = tuple({RATE: rate, EPOCHS: n, SIZE: size} for rate, n, size in tries)
+    return Kind(trainer, {f"TRAINER.{trainer.upper()}.PREC": "amp"}, grid, grid)
+
+
+TUNED = {  # hosts that train the vision tower: their trainer; rate, epochs and batch size of each try
+    "maple": ("MaPLe", ((0.04, 2, 32), (0.02, 1, 16), (0.02, 3, 16), (0.01, 3, 16))),
+    "clipfit": ("CLIPFit", ((0.01, 2, 32), (0.01, 1, 16), (0.02, 2, 32), (0.005, 3, 16))),
+}
+
+
+LOOKS, PICTURES = "looks", "pictures"
+
+
+@dataclass(frozen=True)
 class View:
-    """What a model gets of pictures: CLS features where ``block`` is None, else the states that enter that block."""
+    """What a model gets of pictures.
+
+    Attributes:
+        block: the states that enter this block; LOOKS: CLS features; PICTURES: the pictures themselves.
+    """
 
     tower: FrozenTower
-    block: int | None = None
+    block: int | str
 
     def of(self, paths: list[str]) -> Tensor:
-        """(n, d) or (n, 1+N, w)."""
-        return self.tower.features(paths) if self.block is None else self.tower.states(paths, self.block)
+        """(n, 1+N, w), (n, d) or (n, 3, h, w)."""
+        if self.block == PICTURES:
+            return self.tower.pictures(paths)
+        return self.tower.features(paths) if self.block == LOOKS else self.tower.states(paths, self.block)
 
     def start(self, model: nn.Module) -> nn.Module:
         """Let the model's vision tower take what ``of`` gives in the place of images."""
+        if self.block == PICTURES:
+            return model
         vision = next(module for module in model.modules() if isinstance(module, VisionTransformer))
-        if self.block is None:
+        if self.block == LOOKS:
             vision.forward = lambda features: features
         else:
             keep_tail(vision, self.block)
@@ -95,13 +147,16 @@ class Host:
     Attributes:
         trainer: as registered. state: of what it registers, without the plug-in. plugin: the plug-in's, if it has one.
         trained: how many numbers were trained, the plug-in's among them.
+        keeps_tower: whether the vision tower is CLIP's own.
     """
 
     trainer: str
     cfg: object
     state: dict
     trained: int
-    plugin: dict = field(default_factory=dict)
+    plugin: dict
+    keeps_tower: bool
+    _seen: dict = field(default_factory=dict)
 
     def model(self, names: list[str], device) -> nn.Module:
         """Whole, in evaluation mode."""
@@ -115,12 +170,26 @@ class Host:
         return model
 
     @torch.no_grad()
+    def looks(self, scenes: Scenes, tower: FrozenTower) -> Tensor:
+        """CLS of its own vision tower, (n, d) float32 of unit length."""
+        if self.keeps_tower:
+            return tower.features(scenes.paths)
+        new = [path for path in dict.fromkeys(scenes.paths) if path not in self._seen]
+        model = self.model(["nothing"], tower.device) if new else None
+        for part in chunks(new, self.trainer):
+            looks = F.normalize(model.encode_image(tower.pictures(part)).float(), dim=-1)
+            self._seen |= zip(part, looks.cpu(), strict=True)
+        return torch.stack([self._seen[path] for path in scenes.paths]).to(tower.device)
+
+    @torch.no_grad()
     def texts(self, names: list[str], device) -> Tensor:
         """(C, d), unit length, float32."""
         return self.model(names, device).text_features().float()
 
 
-def train(task: Task, view: View, trainer: str, dataset: str, seed: int, root: str, options: dict, parts=()) -> Host:
+def train(
+    task: Task, view: View, trainer: str, dataset: str, seed: int, root: str, options: dict, parts=(), keeps_tower=True
+) -> Host:
     """Train a registered trainer on the task's shots; ``parts`` are classes to put in front of it."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         cfg = configuration(dataset, seed, root, trainer, {**COMMON, **options}, folder)
@@ -132,7 +201,7 @@ def train(task: Task, view: View, trainer: str, dataset: str, seed: int, root: s
     states = {name: _on_cpu(model.state_dict()) for name, model in run._models.items()}
     trained = sum(p.numel() for model in run._models.values() for p in model.parameters() if p.requires_grad)
     plugin = states.pop("spotlighter", {})
-    return Host(trainer.removesuffix("Spotlighter"), cfg, states[run.checkpoint], trained, plugin)
+    return Host(trainer.removesuffix("Spotlighter"), cfg, states[run.checkpoint], trained, plugin, keeps_tower)
 
 
 def _on_cpu(state: dict) -> dict:

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ...config import SpotlighterConfig
 from ...wrapper import SpotlighterWrapper
 from ..speed.stopwatch import operations
-from .hosts import Host, View
+from .hosts import PICTURES, Host, View
 from .judge import Answers
 from .tasks import FrozenTower, Scenes, Task
 
@@ -30,7 +30,7 @@ class Attached:
     config: SpotlighterConfig
     task: Task
     state: dict
-    block: int
+    block: int | str
 
     def wrapper(self, names: list[str], device) -> SpotlighterWrapper:
         wrapper = SpotlighterWrapper(self.host.model(names, device), self.config, class_names=list(names)).to(device)
@@ -61,7 +61,7 @@ def attach(host: Host, config: SpotlighterConfig, task: Task, tower: FrozenTower
     what is held out of the known classes."""
     attached = Attached(host, config, task, host.plugin, 0)
     wrapper = attached.wrapper(task.names[: task.known], tower.device)
-    attached.block = first_hooked(wrapper)
+    attached.block = first_hooked(wrapper) if host.keeps_tower else PICTURES
     if not host.plugin:
         view = View(tower, attached.block)
         view.start(wrapper)

@@ -5,9 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .cell import Cell
+from .hosts import Kind
 from .judge import Exam
 from .results import Key, Results
-from .rows import Cell, Row
+from .rows import Row
 from .tasks import FrozenTower, Task, configuration, load_task
 
 
@@ -21,6 +23,7 @@ class Laboratory:
         say: called with one line after each row.
     """
 
+    kind: Kind
     results: Results
     root: str
     folder: Path
@@ -53,7 +56,9 @@ class Laboratory:
         return self._towers[dataset]
 
     def _cell(self, dataset: str, seed: int, first: Cell | None) -> Cell:
-        return Cell(dataset, seed, self.root, self.task(dataset, seed), self.tower(dataset), self.folder, first)
+        return Cell(
+            self.kind, dataset, seed, self.root, self.task(dataset, seed), self.tower(dataset), self.folder, first
+        )
 
     def task(self, dataset: str, seed: int) -> Task:
         if (dataset, seed) not in self._tasks:
