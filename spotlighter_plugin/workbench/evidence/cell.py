@@ -10,8 +10,6 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from datasets.templates import ensemble, prompt
-
 from ...towers.clip import encode_prompts
 from . import heads
 from .hosts import LOOKS, PICTURES, Host, Kind, View, train
@@ -116,6 +114,8 @@ class Cell:
 
     def texts(self, host: Host | None, task: Task) -> heads.Texts:
         """The host's texts (those of the hand-written prompt where there is none) beside those of frozen CLIP."""
+        from datasets.templates import ensemble, prompt
+
         if len(task.names) not in self._texts:
             templates = (prompt(self.tower.dataset), *ensemble(self.tower.dataset))
             plain, *every = (

@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ...compat import ROOT
 from ..sweeps.sweep import ListOptions
-from ..training.settings import ROOT, import_trainers_and_datasets
+from ..training.settings import import_trainers_and_datasets
 from .hosts import kind_of
 from .results import Results
 from .rows import rows as every_row
