@@ -7,6 +7,7 @@ from itertools import pairwise
 ACTIVATIONS = ("attention", "lens", "random")
 MAPPINGS = ("none", "full", "linear+linear", "transformer+transformer", "transformer+linear")
 LEVELS = ("1+2", "1", "2")
+MOST = 10**9  # of whole numbers
 LOSSES = ("gra", "gra_low", "gra_high", "reg_text", "kl_visual", "local")
 
 # One row per option, one dictionary per preset. An option that is left at None takes its preset's value.
@@ -118,36 +119,32 @@ class SpotlighterConfig:
     """Seed of ``activation: random``."""
 
     def __post_init__(self):
-        _one_of("preset", self.preset, PRESETS)
+        _one_of("preset", self.preset, tuple(PRESETS))
+        self._given = {field.name for field in fields(self) if getattr(self, field.name) != field.default}
         if self.stages is None and self.select_block is not None:
             self.stages = ()
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         self.levels = str(self.levels)
-        losses = self.losses.replace(",", " ").split() if isinstance(self.losses, str) else self.losses
-        self.losses = tuple(losses)
+        self.losses = _losses(self.losses)
         _one_of("mapping", self.mapping, MAPPINGS)
         _one_of("levels", self.levels, LEVELS)
         _one_of("activation", self.activation, ACTIVATIONS)
         _one_of("prototypes_in", self.prototypes_in, ("sequence", "readout", "none"))
-        for loss in self.losses:
-            _one_of("losses", loss, LOSSES)
-        if "gra" in self.losses or {"gra_low", "gra_high"} <= set(self.losses):
-            self.losses = ("gra", *(loss for loss in self.losses if not loss.startswith("gra")))
         for name, low, high in (
-            ("top_k", 2, None),
-            ("prototypes", 1, None),
-            ("select_block", None, None),
-            ("seed", None, None),
+            ("top_k", 2, MOST),
+            ("prototypes", 1, 1000),
+            ("select_block", -MOST, MOST),
+            ("seed", -MOST, MOST),
             ("alpha", 0, 1),
             ("beta", 0, 1),
-            ("lambda1", 0, None),
-            ("lambda2", 0, None),
-            ("lambda3", 0, None),
-            ("match_tokens", 0, None),
-            ("match_shots", 1, None),
-            ("lr_multiplier", 0, None),
+            ("lambda1", 0, 10**6),
+            ("lambda2", 0, 10**6),
+            ("lambda3", 0, 10**6),
+            ("match_tokens", 0, MOST),
+            ("match_shots", 1, MOST),
+            ("lr_multiplier", 0, 10**6),
         ):
             whole = name in ("top_k", "prototypes", "select_block", "match_tokens", "match_shots", "seed")
             _number(name, getattr(self, name), low, high, whole)
@@ -156,15 +153,44 @@ class SpotlighterConfig:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{_option(name)} = {getattr(self, name)!r}: expected True or False")
 
-    def weight_of(self, loss: str) -> float:
-        """λ of an auxiliary loss of Eq. 15, by its name in ``LOSSES``."""
-        return self.lambda1 if loss.startswith("gra") else self.lambda2 if loss == "reg_text" else self.lambda3
+    def idle(self, unreached: frozenset[str] = frozenset()) -> list[str]:
+        """Options that were given and change nothing beside the others.
+
+        unreached: losses that reach nothing that is trained.
+        """
+        losses = set(self.losses) - set(unreached)
+        has_irm = self.mapping != "none" and self.prototypes_in != "none"
+        has_bank = self.semantic_activation or has_irm or "local" in losses
+        is_read = {
+            "prototypes": has_bank,
+            "beta": has_bank,
+            "alpha": self.mapping != "none",
+            "prototypes_in": self.mapping != "none",
+            "lr_multiplier": self.mapping != "none",
+            "lambda1": any(loss.startswith("gra") for loss in losses),
+            "lambda2": "reg_text" in losses,
+            "lambda3": not losses.isdisjoint(("kl_visual", "local")),
+            "recalculate": self.semantic_activation,
+            "match_tokens": self.prototype_logits,
+            "match_shots": self.prototype_logits,
+            "seed": self.activation == "random",
+        }
+        return [_option(name) for name, read in is_read.items() if name in self._given and not read]
+
+    @property
+    def lambdas(self) -> tuple[float, float, float]:
+        """λ1, λ2, λ3."""
+        return self.lambda1, self.lambda2, self.lambda3
 
     @property
     def uses_bank(self) -> bool:
-        """Whether anything reads the bank's token prototypes, so that they have to be kept."""
+        """Whether anything may read the bank's prototypes."""
         has_irm = self.mapping != "none" and self.prototypes_in != "none"
         return self.semantic_activation or has_irm or ("local" in self.losses and self.lambda3 > 0)
+
+    def weight_of(self, loss: str) -> float:
+        """λ of an auxiliary loss of Eq. 15, by its name in ``LOSSES``."""
+        return self.lambda1 if loss.startswith("gra") else self.lambda2 if loss == "reg_text" else self.lambda3
 
     def cuts(self, n_tokens: int, n_blocks: int) -> list[tuple[int, int]]:
         """Where a tower of ``n_tokens`` patch tokens and ``n_blocks`` blocks is cut.
@@ -228,6 +254,17 @@ def _one_of(name: str, value, allowed) -> None:
         raise ValueError(f"{_option(name)} = {value!r}: expected one of {', '.join(allowed)}")
 
 
+def _losses(value) -> tuple[str, ...]:
+    names = value.replace(",", " ").split() if isinstance(value, str) else value
+    if not isinstance(names, (list, tuple)):
+        raise ValueError(f"{_option('losses')} = {value!r}: expected names among {', '.join(LOSSES)}")
+    for loss in names:
+        _one_of("losses", loss, LOSSES)
+    if "gra" in names or {"gra_low", "gra_high"} <= set(names):
+        return ("gra", *(loss for loss in names if not loss.startswith("gra")))
+    return tuple(names)
+
+
 def _stages(value, top_k: int) -> tuple[tuple[int, int | float], ...]:
     """Pairs (block, tokens kept or a share of them); numbers fall, the last of them to no less than ``top_k``."""
     if not isinstance(value, (list, tuple)) or not all(map(_is_stage, value)):
@@ -253,7 +290,6 @@ def _growing(stages, top_k: int) -> str:
 
 def _number(name: str, value, low, high, whole: bool) -> None:
     right_type = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if right_type and (low is None or value >= low) and (high is None or value <= high):
-        return
-    limits = f" from {low} to {high}" if high is not None else f" of at least {low}" if low is not None else ""
-    raise ValueError(f"{_option(name)} = {value!r}: expected a{' whole' if whole else ''} number{limits}")
+    if not right_type or not low <= value <= high:
+        kind = "whole number" if whole else "number"
+        raise ValueError(f"{_option(name)} = {value!r}: expected a {kind} from {low} to {high}")

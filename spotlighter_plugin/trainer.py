@@ -2,6 +2,7 @@
 
 import os.path as osp
 import random
+import warnings
 from collections import defaultdict
 from importlib import import_module
 
@@ -44,7 +45,11 @@ class SpotlighterTrainerMixin:
         host = self.model.module if isinstance(self.model, nn.DataParallel) else self.model
         class_names = list(self.dm.dataset.classnames)
         config = from_cfg(self.cfg)
-        self.model = SpotlighterWrapper(host, config, self.make_adapter(host, class_names), class_names).to(self.device)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            model = SpotlighterWrapper(host, config, self.make_adapter(host, class_names), class_names)
+        print(*(f"Note: {each.message}\n" for each in said), sep="", end="")
+        self.model = model.to(self.device)
         added = self.model.extra_parameter_count()
         print(f"Spotlighter adds {added:,} trainable parameters (mapping: {config.mapping})")
         optim = sched = None
@@ -69,8 +74,11 @@ class SpotlighterTrainerMixin:
         self.detect_anomaly(output["loss"])
         self._update(output["loss"])
         if self.batch_idx == 0 and self.epoch == self.start_epoch and self.model.unreached:
-            names = ", ".join(sorted(self.model.unreached))
-            print(f"Left out, because nothing that is trained changes them: {names}")
+            unreached, config = self.model.unreached, self.model.config
+            print(f"Left out, because nothing that is trained changes them: {', '.join(sorted(unreached))}")
+            idle = [option for option in config.idle(unreached) if option not in config.idle()]
+            if idle:
+                print(f"Note: {', '.join(idle)}: nothing reads it here, for the same reason")
         if (self.batch_idx + 1) == self.num_batches:
             self.update_lr()
         summary = {name: value.item() for name, value in output.items()}

@@ -1,5 +1,6 @@
 """SpotlighterWrapper: the method around one host. It puts things together; what is computed is in method/."""
 
+import warnings
 from contextlib import contextmanager
 from copy import copy
 
@@ -11,14 +12,16 @@ from .config import SpotlighterConfig
 from .hosts import adapter_for
 from .hosts.base import HostAdapter
 from .method import losses
-from .method.bank import affinity
+from .method.classes import listed
 from .method.memory import place_in_class
+from .method.objective import objective
 from .method.plugin import Plugin
 from .method.selector import Selector
 from .method.token_stream import TokenStream, check_tower
+from .pretrained import Pretrained
 
 
-class SpotlighterWrapper(nn.Module):
+class SpotlighterWrapper(Pretrained, nn.Module):
     """A host that classifies with the k tokens that matter.
 
     ``wrapper(images)`` gives logits (B, C). ``wrapper(images, labels)`` gives a dictionary: ``loss`` (Eq. 15), its
@@ -41,12 +44,14 @@ class SpotlighterWrapper(nn.Module):
     def __init__(self, host_model, config: SpotlighterConfig | None = None, adapter=None, class_names=None):
         super().__init__()
         self.config = config = config or SpotlighterConfig()
-        class_names = _names(class_names)
+        class_names = listed(class_names)
         self.adapter = adapter or adapter_for(host_model, class_names)
         self.class_names = class_names or list(self.adapter.class_names)
         n_classes = getattr(self.adapter, "n_classes", len(self.class_names))
         if len(self.class_names) != n_classes:
             raise ValueError(f"class_names has {len(self.class_names)} names and the host {n_classes} classes")
+        if config.idle():
+            warnings.warn(f"{', '.join(config.idle())}: nothing reads it beside the other options", stacklevel=2)
         vision = self.adapter.vision
         check_tower(vision)
         cuts = config.cuts(len(vision.positional_embedding) - 1, len(vision.transformer.resblocks))
@@ -90,11 +95,15 @@ class SpotlighterWrapper(nn.Module):
         raw_text, batch = self._begin(adapter, images, labels)
         image = self._encode(adapter, batch)  # (B, d)
         with torch.autocast(images.device.type, enabled=False):
-            logits = self._logits(image, batch.tokens, batch)  # argmax_c of these is Eq. 16
+            logits = batch.logits(image, batch.tokens)  # argmax_c of these is Eq. 16
             if labels is None:
                 return logits
             extras = {"images": images, "text": raw_text, **(extras or {})}
-            return self._losses(adapter, image, logits, labels, batch, extras)
+            parts = objective(batch, adapter, image, logits, labels, extras)
+        reached = {name for name, value in parts.items() if value.requires_grad}
+        self.unreached = {"cls", *batch.wants} - reached
+        parts = {name: value for name, value in parts.items() if name in reached or name == "cls"}
+        return {"loss": losses.total_loss(parts, *self.config.lambdas), **parts, "logits": logits}
 
     @torch.no_grad()
     def image_embeddings(self, images: Tensor) -> Tensor:
@@ -157,22 +166,24 @@ class SpotlighterWrapper(nn.Module):
                 batch = self._begin(adapter, images.to(memory.keys.device))[1]
                 image, batch.describes = self._encode(adapter, batch), False
                 labels = None if labels is None else labels.to(image.device)
-                yield self._logits(image, batch.tokens, batch), batch.described, labels
+                yield batch.logits(image, batch.tokens), batch.described, labels
 
         with self._evaluating():
             return memory.calibrate(seen())
 
     @contextmanager
     def _evaluating(self):
-        """Evaluation mode for a while, with nothing kept that was computed otherwise."""
-        modes = [(module, module.training) for module in self.modules()]
-        self.eval()
+        """Evaluation mode for a while, and what is training afterwards trains as before."""
+        training = [module for module in self.modules() if module.training]
+        if training:
+            self.eval()
         try:
             yield
         finally:
-            for module, mode in modes:
-                module.training = mode
-            self.refresh()
+            for module in training:
+                module.training = True
+            if training:
+                self.refresh()
 
     def _adapter(self) -> HostAdapter:
         """The adapter; a replica of DataParallel has one that looks at its own host."""
@@ -210,44 +221,3 @@ class SpotlighterWrapper(nn.Module):
             image = batch.image(adapter.encode_image(batch.images), tower)
         self.kept = batch.kept
         return image
-
-    def _logits(self, image: Tensor, tokens: Tensor | None, batch: Selector) -> Tensor:
-        """cos(v, t^rep)/τ and what the memory says: (B, d), (B, k, d) → (B, C)."""
-        logits = batch.scale * self.plugin.mapping.text(batch.text, tokens, batch.scale).cosine(image)
-        return self.plugin.memory.add_to(logits, batch.described) if batch.describes else logits
-
-    def _losses(self, adapter, image, logits, labels, batch: Selector, extras: dict) -> dict[str, Tensor]:
-        config, bank = self.config, self.plugin.bank
-        parts = {"cls": adapter.objective(logits, labels, extras)}  # Eq. 12
-        if batch.levels:
-            level_logits = [self._logits(*level, batch) for level in batch.levels]
-            name = next(name for name in config.losses if name in losses.GRA)
-            parts[name] = sum(adapter.classification_loss(level, labels, extras) for level in level_logits)
-        if "reg_text" in batch.wants:
-            text = self.plugin.mapping.text(batch.text, batch.tokens, batch.scale).mean()
-            parts["reg_text"] = losses.text_regularisation(text, adapter.frozen_text())
-        if batch.full is not None:
-            full, image = F.normalize(batch.full.float(), dim=-1), F.normalize(image, dim=-1)
-            parts["kl_visual"] = losses.visual_divergence(image, full, adapter.frozen_text(), batch.scale)
-        if "local" in batch.wants and not bank.is_empty:
-            match = affinity(batch.tokens, batch.prototypes, bank.filled)  # (B, C of the bank)
-            if batch.refined is not None:
-                refined = batch.project(batch.refined).transpose(0, 1)  # (B, P, d)
-                match = losses.refine_affinity(match, batch.tokens, refined, batch.category)
-            parts["local"] = losses.local_loss(match, batch.rows, batch.scale)
-        reached = {name for name, value in parts.items() if value.requires_grad}
-        self.unreached = {"cls", *batch.wants} - reached
-        parts = {name: value for name, value in parts.items() if name in reached or name == "cls"}
-        total = losses.total_loss(parts, config.lambda1, config.lambda2, config.lambda3)
-        return {"loss": total, **parts, "logits": logits}
-
-
-def _names(class_names) -> list[str] | None:
-    """A list of any iterable of names; None and nothing stay None."""
-    if isinstance(class_names, (str, bytes)):
-        raise ValueError(f"class_names = {class_names!r}: expected a list of names, one per class")
-    names = None if class_names is None else list(class_names)
-    for name in names or []:
-        if not isinstance(name, str):
-            raise ValueError(f"class_names has {name!r}: expected names, one per class")
-    return names or None

@@ -68,6 +68,15 @@ def test_options_from_a_command_line_become_what_the_config_wants():
         ("activation", "gradcam"),
         ("prototypes_in", "everywhere"),
         ("losses", ("gra", "triplet")),
+        ("losses", 1),
+        ("lambda3", float("inf")),
+        ("lambda2", 10**400),
+        ("lr_multiplier", float("nan")),
+        ("seed", 2**63),
+        ("top_k", 2**64),
+        ("prototypes", 2**63),
+        ("select_block", -(2**70)),
+        ("preset", ["paper"]),
         ("semantic_activation", "yes"),
         ("stages", 3),
         ("stages", (3, 64)),
@@ -83,8 +92,31 @@ def test_a_wrong_value_is_one_line_naming_option_and_value(option, value):
     with pytest.raises(ValueError) as error:
         SpotlighterConfig(**{option: value})
     message = str(error.value)
-    shown = "triplet" if option == "losses" else repr(value)
+    shown = "triplet" if value == ("gra", "triplet") else repr(value)
     assert "\n" not in message and f"TRAINER.SPOTLIGHTER.{option.upper()}" in message and shown in message
+
+
+IDLE_UNDER_DEFAULT = {
+    "alpha": 0.3,
+    "lambda1": 0.5,
+    "prototypes_in": "sequence",
+    "recalculate": True,
+    "seed": 3,
+    "lr_multiplier": 2.0,
+    "lambda3": 0.5,
+    "prototypes": 3,
+    "beta": 0.5,
+}
+
+
+def test_options_that_change_nothing_beside_the_others_are_named():
+    named = [f"TRAINER.SPOTLIGHTER.{name.upper()}" for name in IDLE_UNDER_DEFAULT]
+    config = SpotlighterConfig(**IDLE_UNDER_DEFAULT)
+    assert sorted(config.idle({"kl_visual", "local"})) == sorted(named)  # where the tower is frozen
+    assert sorted(config.idle()) == sorted(named[:-3])  # where it is trained
+    everything = {**IDLE_UNDER_DEFAULT, "activation": "random", "recalculate": False, "semantic_activation": True}
+    assert SpotlighterConfig(preset="paper", **everything).idle() == []
+    assert SpotlighterConfig().idle() == SpotlighterConfig(preset="paper").idle() == []
 
 
 @pytest.mark.parametrize(("block", "index"), [(-1, 11), (-12, 0), (0, 0), (11, 11)])

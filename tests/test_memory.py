@@ -126,6 +126,23 @@ def test_a_memory_loads_into_one_of_other_classes_whole():
     assert torch.equal(other.coarse, shots.coarse)
 
 
+DAMAGED = {"keys": (5, 3, M, 9), "centre": (3,), "view": (8, 7), "filled": (5, 2), "names": (3,)}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_memory_of_another_shape_is_one_line_before_anything_is_asked_of_it(name):
+    state = memory().state_dict()
+    state[name] = torch.full(DAMAGED[name], 97, dtype=state[name].dtype)
+    with pytest.raises(ValueError, match=r"the checkpoint's memory") as error:
+        match.ShotMemory(NAMES, M, W).load_state_dict(state)
+    assert "\n" not in str(error.value)
+
+
+def test_a_memory_of_other_descriptions_is_refused_with_the_options_to_set():
+    with pytest.raises(ValueError, match="MATCH_TOKENS.*BACKBONE"):
+        match.ShotMemory(NAMES, M + 1, W).load_state_dict(memory().state_dict())
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=12))
 def test_the_place_in_its_class_counts_the_images_of_that_class_before(rows):

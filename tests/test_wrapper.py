@@ -330,6 +330,14 @@ def test_a_state_of_another_mapping_or_width_is_one_clear_line():
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("gone", ["mapping.heads", "mapping.groups", "mapping.blend", "mapping.match_weight"])
+def test_a_checkpoint_of_version_0_1_is_one_clear_line(gone):
+    wrapper = wrap(preset="default")
+    with pytest.raises(ValueError, match=rf"Spotlighter 0.1 \(it has {gone}, see CHANGELOG.md\)") as error:
+        wrapper.load_state_dict(wrapper.state_dict() | {gone: torch.zeros(2)})
+    assert "\n" not in str(error.value)
+
+
 # ----------------------------------------------------------------------------------------------------------- inference
 
 

@@ -54,7 +54,7 @@ def look(wrapper, batches):
         for images, targets in batches:
             batch = wrapper._begin(wrapper.adapter, images)[1]
             image, batch.describes = wrapper._encode(wrapper.adapter, batch), False
-            logits.append(wrapper._logits(image, batch.tokens, batch).float())
+            logits.append(batch.logits(image, batch.tokens).float())
             matches.append(torch.stack([wrapper.plugin.memory.match(batch.described, b) for b in SHARPNESSES]).float())
             labels.append(targets)
     return torch.cat(logits), torch.cat(labels), torch.cat(matches, 1)

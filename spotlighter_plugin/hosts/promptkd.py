@@ -75,10 +75,11 @@ class PromptKDAdapter(HostAdapter):
     @torch.no_grad()
     def teacher_logits(self, images: Tensor) -> Tensor:
         """The teacher's logits (B, C), computed once per batch."""
-        if self._taught[0] is not images:
+        taught = self._taught
+        if taught[0] is not images:
             output = self.teacher(images)
-            self._taught = (images, output[-1] if isinstance(output, tuple) else output)
-        return self._taught[1]
+            taught = self._taught = (images, output[-1] if isinstance(output, tuple) else output)
+        return taught[1]
 
     def classification_loss(self, logits: Tensor, labels: Tensor, extras: dict) -> Tensor:
         """The distillation loss; labels are not looked at."""

@@ -1,9 +1,21 @@
 """Something kept per class: lists of names come in, the row of each class goes out."""
 
 from collections import defaultdict
+from collections.abc import Iterable
 
 import torch
 from torch import nn
+
+
+def listed(class_names: Iterable[str] | None) -> list[str] | None:
+    """Names as a list; None where there are none. Raises ValueError for what is no list of names."""
+    if isinstance(class_names, (str, bytes)):
+        raise ValueError(f"class_names = {class_names!r}: expected a list of names, one per class")
+    names = None if class_names is None else list(class_names)
+    for name in names or []:
+        if not isinstance(name, str):
+            raise ValueError(f"class_names has {name!r}: expected names, one per class")
+    return names or None
 
 
 def rows_of(kept: list[str], asked: list[str]) -> list[int]:

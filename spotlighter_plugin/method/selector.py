@@ -105,6 +105,11 @@ class Selector:
             self.described = describe(self.described, self.vision.ln_post(tower.output[0]))  # (B, m, D)
         return self._readout(image, tower.output, self.refined)
 
+    def logits(self, image: Tensor, tokens: Tensor | None) -> Tensor:
+        """cos(v, t^rep)/τ, and what the memory says of a described batch: (B, d), (B, k, d) → (B, C)."""
+        logits = self.scale * self.plugin.mapping.text(self.text, tokens, self.scale).cosine(image)
+        return self.plugin.memory.add_to(logits, self.described) if self.describes else logits
+
     # ----------------------------------------------------------------------------------------------------------- scores
 
     def sample_score(self, tower: Pass, hidden: Tensor) -> Tensor:
