@@ -157,6 +157,7 @@ class Host:
     plugin: dict
     keeps_tower: bool
     _seen: dict = field(default_factory=dict)
+    _texts: dict = field(default_factory=dict)
 
     def model(self, names: list[str], device) -> nn.Module:
         """Whole, in evaluation mode."""
@@ -184,7 +185,10 @@ class Host:
     @torch.no_grad()
     def texts(self, names: list[str], device) -> Tensor:
         """(C, d), unit length, float32."""
-        return self.model(names, device).text_features().float()
+        key = tuple(names)
+        if key not in self._texts:
+            self._texts[key] = self.model(names, device).text_features().float()
+        return self._texts[key]
 
 
 def train(

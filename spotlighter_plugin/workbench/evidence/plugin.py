@@ -11,10 +11,11 @@ from ...config import SpotlighterConfig
 from ...wrapper import SpotlighterWrapper
 from ..speed.stopwatch import operations
 from .hosts import PICTURES, Host, View
-from .judge import Answers
+from .judge import Answers, answers_of
 from .tasks import FrozenTower, Scenes, Task
 
 BATCH = 256  # pictures in one pass of the tower's rest
+SPARSE = 5  # every fifth held-out picture tells whether one list of classes is enough
 ALIKE = 0.05  # how far logits from kept states may be off those from pictures, in units of their spread
 
 
@@ -31,6 +32,7 @@ class Attached:
     task: Task
     state: dict
     block: int | str
+    _enough: bool | None = None
 
     def wrapper(self, names: list[str], device) -> SpotlighterWrapper:
         wrapper = SpotlighterWrapper(self.host.model(names, device), self.config, class_names=list(names)).to(device)
@@ -40,20 +42,38 @@ class Attached:
 
     @torch.no_grad()
     def answers(self, scenes: Scenes, tower: FrozenTower) -> Answers:
-        """Base pictures among the base classes, new ones among the new, and all among all: three lists of classes."""
-        names, known = self.task.names, self.task.known
-        view, labels = View(tower, self.block), scenes.labels
-        own, is_base = np.zeros(len(labels), bool), (labels < known).numpy()
-        for low, high, mine in ((0, known, is_base), (known, len(names), ~is_base)):
-            if mine.any():
-                some = scenes.of_classes(low, high)
-                own[mine] = self._right(names[low:high], Scenes(some.paths, some.labels - low), view)
-        return Answers(own, self._right(names, scenes, view))
+        """Base pictures among the base classes, new ones among the new, and all among all: three lists of classes.
 
-    def _right(self, names, scenes: Scenes, view: View):
+        Where the halves' lists give some pictures the answers that the whole list's columns give, these are enough.
+        """
+        view, known = View(tower, self.block), self.task.known
+        if self._columns_are_enough(tower):
+            return answers_of(self._logits(self.task.names, scenes, view), scenes.labels, known)
+        one = answers_of(self._logits(self.task.names, scenes, view), scenes.labels, known).one
+        own, is_base = np.zeros(len(one), bool), (scenes.labels < known).numpy()
+        for (low, high), mine in zip(self._halves(), (is_base, ~is_base), strict=True):
+            some = scenes.of_classes(low, high)
+            own[mine] = (self._logits(self.task.names[low:high], some, view).argmax(1) == some.labels - low).numpy()
+        return Answers(own, one)
+
+    def _columns_are_enough(self, tower: FrozenTower) -> bool:
+        """Whether a picture's answer among its own half is that of its half's columns; asked of held-out pictures."""
+        if self._enough is None:
+            view, task = View(tower, self.block), self.task
+            self._enough = True
+            for (low, high), scenes in zip(self._halves(), (task.held_out, task.others), strict=True):
+                few = Scenes(scenes.paths[::SPARSE], scenes.labels[::SPARSE])
+                columns = self._logits(task.names, few, view)[:, low:high]
+                own = self._logits(task.names[low:high], few, view)
+                self._enough &= torch.equal(columns.argmax(1), own.argmax(1))
+        return self._enough
+
+    def _halves(self):
+        return (0, self.task.known), (self.task.known, len(self.task.names))
+
+    def _logits(self, names, scenes: Scenes, view: View) -> Tensor:
         wrapper = view.start(self.wrapper(names, view.tower.device))
-        right = [wrapper(states).argmax(1).cpu() == labels for states, labels in batches(scenes, view)]
-        return torch.cat(right).numpy()
+        return torch.cat([wrapper(states).float().cpu() for states, _ in batches(scenes, view)])
 
 
 def attach(host: Host, config: SpotlighterConfig, task: Task, tower: FrozenTower) -> Attached:
