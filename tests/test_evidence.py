@@ -105,6 +105,23 @@ def test_a_host_that_trains_its_tower_is_judged_by_what_its_own_tower_sees(tmp_p
     assert not torch.allclose(fitted.looks(cell.task.test, cell.tower), frozen, atol=1e-3)
 
 
+def test_a_taught_student_files_pictures_of_all_classes_under_its_teachers_labels(tmp_path, family, monkeypatch):
+    monkeypatch.setattr(hosts, "STUDENT", configuration(family[0], 1, str(tmp_path)).MODEL.BACKBONE.NAME)
+    monkeypatch.setitem(hosts.TUNED, "promptkd", ("PromptKD", ((0.01, 1, 12),)))
+    names = ["PromptKD", "PromptKD + cache", "PromptKD + Spotlighter"]
+    assert evidence(tmp_path, family[:1], "--host", "promptkd", "--rows", *names) == 0
+    found = {r["method"]: r for r in json.loads((tmp_path / "rows.json").read_text()) if r.get("dataset") == "average"}
+    assert set(found) == set(names) and found[names[1]]["memory_mb"] > 0
+    tower = FrozenTower(configuration(family[0], 1, str(tmp_path)), tmp_path)
+    task = task_of(tmp_path, family)
+    cell = Cell(hosts.kind_of("promptkd"), family[0], 1, str(tmp_path), task, tower, tmp_path / "kept")
+    learned, host = cell.learned(cell.host[2], task), cell.host[2]
+    assert learned.known == len(NAMES) and learned.shots.paths == task.shots.paths + task.others.paths
+    with torch.no_grad():
+        said = host.model(list(NAMES), "cpu").teacher(tower.pictures(learned.shots.paths)).argmax(1)
+    assert torch.equal(learned.shots.labels, said)
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -156,7 +173,7 @@ def test_spotlighter_on_kept_states_answers_as_on_pictures(tmp_path, family):
         FrozenTower(configuration(family[0], 1, str(tmp_path)), tmp_path), tmp_path,
     )  # fmt: skip
     task, tower = cell.task, cell.tower
-    attached = plugin.attach(cell.host[2], SpotlighterConfig(), task, tower)
+    attached = plugin.attach(cell.host[2], SpotlighterConfig(), task, task, tower)
     answers = attached.answers(task.test, tower)
     is_base = (task.test.labels < task.known).numpy()
     for names, mine, low, right in (

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -10,11 +10,11 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from ...towers.clip import encode_prompts
+from ...towers.clip import encode_prompts, load_clip
 from . import heads
-from .hosts import LOOKS, PICTURES, Host, Kind, View, train
+from .hosts import LOOKS, PICTURES, TEACHER, Host, Kind, View, train
 from .judge import Answers, Exam, answers_of, figures
-from .tasks import FrozenTower, Scenes, Task, written_aside
+from .tasks import FrozenTower, Scenes, Task, configuration, written_aside
 
 
 class Fitted(Protocol):
@@ -70,7 +70,7 @@ class Cell:
     ):
         self.kind, self.dataset, self.seed, self.root = kind, dataset, seed, root
         self.task, self.tower, self.folder, self.first = task, tower, folder, first or self
-        self._texts = {}
+        self._texts, self._filed = {}, {}
 
     @cached_property
     def mini(self) -> Task:
@@ -78,11 +78,36 @@ class Cell:
 
     def train(self, task: Task, setting: dict, trainer: str = "", parts=(), block: int | str = LOOKS) -> Host:
         """Train the host, or another trainer built on it, with a setting of its grid."""
-        kind = self.kind
+        kind, where = self.kind, (self.dataset, self.seed, self.root)
         view = View(self.tower, block if kind.keeps_tower else PICTURES)
         options = {**kind.options, **{name: value for name, value in setting.items() if name.isupper()}}
-        where = self.dataset, self.seed, self.root
+        if kind.student:
+            options |= {**kind.backbone, **self.teacher(task)}
+            task = task.pooled
         return train(task, view, trainer or kind.trainer, *where, options, parts, kind.keeps_tower)
+
+    def teacher(self, task: Task) -> dict:
+        """The options that name the teacher of this task's known classes, trained where none is kept."""
+        name, options = TEACHER
+        known = f"{task.known}of{len(task.names)}"
+        kept = self.folder / f"{self.tower.fingerprint}-{self.tower.dataset}-{self.seed}-{name}-{known}.pth"
+        if not kept.exists():
+            view = View(self.tower, PICTURES)
+            host = train(task, view, name, self.dataset, self.seed, self.root, options, keeps_tower=False)
+            with written_aside(kept) as aside:
+                torch.save({"state_dict": host.state, "epoch": options["OPTIM.MAX_EPOCH"]}, aside)
+        backbone = configuration(self.dataset, self.seed, self.root).MODEL.BACKBONE.NAME
+        return {"TRAINER.PROMPTKD.TEACHER_CHECKPOINT": kept, "TRAINER.PROMPTKD.TEACHER_NAME": backbone}
+
+    def learned(self, host: Host | None, task: Task) -> Task:
+        """What memories are made of: the task's shots, or all that a teacher labels."""
+        if host is None or not self.kind.student:
+            return task
+        key = id(host), len(task.names)
+        if key not in self._filed:
+            pooled = task.pooled
+            self._filed[key] = host, replace(pooled, shots=host.taught(pooled.shots, task.names, self.tower))
+        return self._filed[key][1]
 
     def tuned(self, name: str, grid, make: Callable[["Cell", Task, dict], Fitted]) -> tuple[dict, Fitted]:
         """The setting with the best harmonic mean on the first cell's miniature, and what it gives on the task."""
@@ -116,25 +141,25 @@ class Cell:
         """The host's texts (those of the hand-written prompt where there is none) beside those of frozen CLIP."""
         from datasets.templates import ensemble, prompt
 
-        if len(task.names) not in self._texts:
+        key = len(task.names), host is None
+        if key not in self._texts:
+            taught = host is not None and self.kind.student
+            clip = load_clip(host.cfg.TRAINER.PROMPTKD.TEACHER_NAME, self.tower.device) if taught else self.tower.clip
             templates = (prompt(self.tower.dataset), *ensemble(self.tower.dataset))
             plain, *every = (
-                encode_prompts(
-                    self.tower.clip, [template.format(name.replace("_", " ")) for name in task.names]
-                ).float()
+                encode_prompts(clip, [template.format(name.replace("_", " ")) for name in task.names]).float()
                 for template in templates
             )
-            self._texts[len(task.names)] = plain, F.normalize(torch.stack(every).mean(0), dim=-1)
-        plain, mean = self._texts[len(task.names)]
+            self._texts[key] = plain, F.normalize(torch.stack(every).mean(0), dim=-1)
+        plain, mean = self._texts[key]
         texts = plain if host is None else host.texts(task.names, self.tower.device)
         return heads.Texts(texts, plain, mean, self.tower.clip.logit_scale.exp().item())
 
     def head_on(self, host: Host | None, task: Task, name: str, setting: dict | None = None, texts=None) -> HeadFit:
         """A head fitted to a task's shots."""
-        head, shots = heads.HEADS[name], task.shots
-        if head.sees_all:
-            shots = Scenes(shots.paths + task.others.paths, torch.cat([shots.labels, task.others.labels]))
+        head, learned = heads.HEADS[name], self.learned(host, task)
+        shots = task.pooled.shots if head.sees_all else learned.shots
         texts = texts or self.texts(host, task)
         looks = host.looks(shots, self.tower) if host else self.tower.features(shots.paths)
-        state = head.fit(looks, shots.labels.to(self.tower.device), texts, task.known, **(setting or {}))
+        state = head.fit(looks, shots.labels.to(self.tower.device), texts, learned.known, **(setting or {}))
         return HeadFit(head, state, texts, task.known, host)

@@ -35,6 +35,8 @@ class Kind:
         trainer: as registered. options: of every training. grid: rates and lengths that tuning compares, without tokens
             and, with the plug-in, with them.
         keeps_tower: whether the vision tower stays as it is, so that what it sees can be kept.
+        student: the backbone of a host that a teacher on the data set's own backbone distils, from pictures of all
+            classes without labels; "" for other hosts.
     """
 
     trainer: str
@@ -42,6 +44,12 @@ class Kind:
     grid: tuple[dict, ...]
     grid_with_tokens: tuple[dict, ...]
     keeps_tower: bool = False
+    student: str = ""
+
+    @property
+    def backbone(self) -> dict:
+        """The option that names the backbone, where it is not the data set's own."""
+        return {"MODEL.BACKBONE.NAME": self.student} if self.student else {}
 
 
 def rates(lengths) -> tuple[dict, ...]:
@@ -49,7 +57,7 @@ def rates(lengths) -> tuple[dict, ...]:
 
 
 def kind_of(host: str) -> Kind:
-    """coop, maple or clipfit, by name; raises ValueError for another."""
+    """A host by its short name; raises ValueError for an unknown one."""
     if host == "coop":
         warm = {"OPTIM.WARMUP_EPOCH": 1, "OPTIM.WARMUP_TYPE": "constant", "OPTIM.WARMUP_CONS_LR": 1e-5}
         return Kind("CoOp", {**warm, "TRAINER.COOP.PREC": "fp32"}, rates(LENGTHS), rates(SHORT), True)
@@ -57,13 +65,20 @@ def kind_of(host: str) -> Kind:
         raise ValueError(f"--host {host}: take one of coop, {', '.join(TUNED)}")
     trainer, tries = TUNED[host]
     grid = tuple({RATE: rate, EPOCHS: n, SIZE: size} for rate, n, size in tries)
-    return Kind(trainer, {f"TRAINER.{trainer.upper()}.PREC": "amp"}, grid, grid)
+    options, student = {f"TRAINER.{trainer.upper()}.PREC": "amp"}, STUDENT if trainer == "PromptKD" else ""
+    return Kind(trainer, {**options, **(DISTILLED if student else {})}, grid, grid, student=student)
 
 
 TUNED = {  # hosts that train the vision tower: their trainer; rate, epochs and batch size of each try
     "maple": ("MaPLe", ((0.04, 2, 32), (0.02, 1, 16), (0.02, 3, 16), (0.01, 3, 16))),
     "clipfit": ("CLIPFit", ((0.01, 2, 32), (0.01, 1, 16), (0.02, 2, 32), (0.005, 3, 16))),
+    "promptkd": ("PromptKD", ((0.003, 3, 16), (0.01, 3, 16), (0.003, 6, 32), (0.01, 6, 32))),
 }
+STUDENT = "micro"
+DISTILLED = {"OPTIM.NAME": "adam", "TRAINER.MODAL": "base2novel", "TRAINER.PROMPTKD.KD_WEIGHT": 1000.0}
+TEACHER = "PromptSRC", {
+    RATE: 0.02, EPOCHS: 2, SIZE: 32, "TRAINER.PROMPTSRC.PREC": "amp", "TRAINER.PROMPTSRC.TEXT_LOSS_WEIGHT": 1,
+}  # fmt: skip
 
 
 LOOKS, PICTURES = "looks", "pictures"
@@ -163,11 +178,13 @@ class Host:
         """Whole, in evaluation mode."""
         from trainers.host import load_backbone, load_weights
 
-        kind, like = TRAINER_REGISTRY.get(self.trainer), SimpleNamespace(cfg=self.cfg)
+        kind = TRAINER_REGISTRY.get(self.trainer)
+        like = object.__new__(kind)  # a trainer that trains nothing
+        like.cfg, like.device = self.cfg, torch.device(device)
         with contextlib.redirect_stdout(io.StringIO()):
             clip_model = load_backbone(self.cfg, self.cfg.TRAINER[kind.options].PREC).requires_grad_(False)
-            model = kind.make_model(like, clip_model, list(names)).to(device).eval()
-        load_weights(kind.registered(like, model), self.state, f"the state of {self.trainer}")
+            model = like.make_model(clip_model, list(names)).to(device).eval()
+        load_weights(like.registered(model), self.state, f"the state of {self.trainer}")
         return model
 
     @torch.no_grad()
@@ -181,6 +198,13 @@ class Host:
             looks = F.normalize(model.encode_image(tower.pictures(part)).float(), dim=-1)
             self._seen |= zip(part, looks.cpu(), strict=True)
         return torch.stack([self._seen[path] for path in scenes.paths]).to(tower.device)
+
+    @torch.no_grad()
+    def taught(self, scenes: Scenes, names: list[str], tower: FrozenTower) -> Scenes:
+        """The same pictures with the classes that the host's teacher sees in them."""
+        teacher = self.model(names, tower.device).teacher
+        labels = [teacher(tower.pictures(part)).argmax(1).cpu() for part in chunks(scenes.paths, "teacher")]
+        return Scenes(scenes.paths, torch.cat(labels))
 
     @torch.no_grad()
     def texts(self, names: list[str], device) -> Tensor:

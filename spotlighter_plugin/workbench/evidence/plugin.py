@@ -76,16 +76,16 @@ class Attached:
         return torch.cat([wrapper(states).float().cpu() for states, _ in batches(scenes, view)])
 
 
-def attach(host: Host, config: SpotlighterConfig, task: Task, tower: FrozenTower) -> Attached:
-    """Put Spotlighter on a trained host. Unless it was trained with it, it now remembers the shots, and is weighed on
-    what is held out of the known classes."""
+def attach(host: Host, config: SpotlighterConfig, task: Task, learned: Task, tower: FrozenTower) -> Attached:
+    """Put Spotlighter on a trained host. Unless it was trained with it, it now remembers what is to be learned, the
+    task's shots as a rule, and is weighed on what is held out of the known classes."""
     attached = Attached(host, config, task, host.plugin, 0)
-    wrapper = attached.wrapper(task.names[: task.known], tower.device)
+    wrapper = attached.wrapper(learned.names[: learned.known], tower.device)
     attached.block = first_hooked(wrapper) if host.keeps_tower else PICTURES
     if not host.plugin:
         view = View(tower, attached.block)
         view.start(wrapper)
-        wrapper.remember(batches(task.shots, view))
+        wrapper.remember(batches(learned.shots, view))
         wrapper.calibrate(batches(task.held_out, view))
         attached.state = {name: value.detach().cpu() for name, value in wrapper.state_dict().items()}
     return attached

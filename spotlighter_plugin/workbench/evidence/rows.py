@@ -57,13 +57,13 @@ def rows(kind: Kind) -> list[Row]:
         Row("zero-shot", _zero_shot("zero-shot")),
         Row("zero-shot + templates", _zero_shot("zero-shot + templates")),
         Row(host, _host, kind.grid),
-        Row(f"{host} + L_reg_text", _regularised, _regularised_grid(kind)),
+        *([] if kind.student else [Row(f"{host} + L_reg_text", _regularised, _regularised_grid(kind))]),
         *(
             Row(f"{host} + {name}{suffix}", _tuned_head(name, suffix), (kind.grid, heads.HEADS[name].grid))
             for suffix in ("", OPEN) for name in ("text residual", "templates", *memory)
         ),
         Row(f"{PROBE}, shots of all classes", _tuned_head(PROBE, ""), (kind.grid, heads.HEADS[PROBE].grid)),
-        *(released if host == "CoOp" else ()),
+        *(released if kind.keeps_tower else ()),
         _with_plugin(kind, ", paper", _trained_with, preset="paper"),
         _with_plugin(kind, ", random tokens", _attached, activation="random"),
         *(() if kind.keeps_tower else (_with_plugin(kind, ", trained together", _trained_with),)),
@@ -136,7 +136,7 @@ def _attached(**options):
 
     def make(cell: Cell) -> Made:
         best, _, host = cell.host
-        fitted = attach(host, SpotlighterConfig(**options), cell.task, cell.tower)
+        fitted = attach(host, SpotlighterConfig(**options), cell.task, cell.learned(host, cell.task), cell.tower)
         share, megabytes = measure(fitted, cell.tower)
         return Made(fitted, host.trained, megabytes, share, best)
 
@@ -154,7 +154,8 @@ def _trained_with(**options):
         if cell.kind.keeps_tower:
             untrained = Attached(cell.host[2], config, cell.task, {}, 0)
             block = first_hooked(untrained.wrapper(cell.task.names[: cell.task.known], cell.tower.device))
-        return attach(cell.train(task, {**given, **setting}, trainer, block=block), config, task, cell.tower)
+        host = cell.train(task, {**given, **setting}, trainer, block=block)
+        return attach(host, config, task, task.pooled if cell.kind.student else task, cell.tower)
 
     def row(cell: Cell) -> Made:
         name = "-".join(["Spotlighter", *map(str, options.values())])

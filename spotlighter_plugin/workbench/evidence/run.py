@@ -52,7 +52,9 @@ class Laboratory:
 
     def tower(self, dataset: str) -> FrozenTower:
         if dataset not in self._towers:
-            self._towers[dataset] = FrozenTower(configuration(dataset, 1, self.root), self.folder)
+            self._towers[dataset] = FrozenTower(
+                configuration(dataset, 1, self.root, options=self.kind.backbone), self.folder
+            )
         return self._towers[dataset]
 
     def _cell(self, dataset: str, seed: int, first: Cell | None) -> Cell:

@@ -54,6 +54,12 @@ class Task:
     others: Scenes
     test: Scenes
 
+    @property
+    def pooled(self) -> "Task":
+        """Shots of all classes, as if all were known; for who does without labels."""
+        shots = Scenes(self.shots.paths + self.others.paths, torch.cat([self.shots.labels, self.others.labels]))
+        return Task(self.names, len(self.names), shots, self.held_out, self.others.of_classes(0, 0), self.test)
+
     def miniature(self) -> "Task":
         """The same made of the known classes alone, to choose settings by: their second half is new, test is what is
         held out. Shots are split with their classes."""
