@@ -126,6 +126,13 @@ def test_an_installed_package_runs_the_demo_and_says_what_it_is_doing_and_what_i
     assert "output/demo/table.json" in results and first.startswith("  spotlighter") and second.startswith("  spot")
 
 
+def test_dir_shows_what_the_package_exports():
+    import spotlighter_plugin
+
+    assert {"SpotlighterConfig", "SpotlighterWrapper", "__version__"} == set(dir(spotlighter_plugin))
+    assert all(getattr(spotlighter_plugin, name) for name in dir(spotlighter_plugin))
+
+
 def test_the_constraints_pin_torch_so_that_no_cuda_build_is_drawn_in():
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     assert {"torch==2.13.0", "torchvision==0.28.0", "setuptools<81"} <= set(lines)

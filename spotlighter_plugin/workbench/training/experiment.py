@@ -1,4 +1,4 @@
-"""Base-to-new experiments on cached hidden states: what the demo and the evidence table are made of."""
+"""Base-to-new experiments on cached hidden states: what the demo is made of."""
 
 import contextlib
 import io
@@ -22,14 +22,12 @@ FAMILY = [f"configs/datasets/emoji_scenes{part}.yaml" for part in ("", "_pixel",
 class Method:
     """A row of a table: a registered trainer and options as on the command line.
 
-    trained_as: name of the row whose training this one goes on from; rows of one such name are trained once.
     sees_tokens: whether it needs more of the frozen tower than what is read out in the end.
     """
 
     name: str
     trainer: str
     options: dict = field(default_factory=dict)
-    trained_as: str = ""
     sees_tokens: bool = True
 
     def flags(self) -> list[str]:
@@ -87,13 +85,10 @@ class Laboratory:
         self.states = None
         self.modules = import_trainers_and_datasets()
 
-    def run(self, method: Method, seed: int, log: Path | None = None, kept: Path | None = None) -> Outcome:
-        """Train on the first part of the classes, test on both. Output goes to ``log``.
-
-        Checkpoints stay in ``kept``, if it is given, and a training that is found there is gone on with.
-        """
-        started, passing = time.time(), contextlib.nullcontext(str(kept)) if kept else tempfile.TemporaryDirectory()
-        with passing as folder, contextlib.redirect_stdout(io.StringIO()) as text:
+    def run(self, method: Method, seed: int, log: Path | None = None) -> Outcome:
+        """Train on the first part of the classes, test on both. Output goes to ``log``."""
+        started = time.time()
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()) as text:
             try:
                 self.say(f"{method.name}: pictures and model")
                 trained = self.trainer(method, seed, self.classes[0], folder)
@@ -160,27 +155,3 @@ def _tests_twice(cfg) -> bool:
     from datasets.common import takes_all_classes
 
     return takes_all_classes(cfg)
-
-
-def paired_interval(
-    first: list[Outcome], second: list[Outcome], draws: int = 2000, seed: int = 0
-) -> tuple[float, float, float]:
-    """Mean difference of harmonic means, first minus second, and its 95 % interval from a bootstrap over images.
-
-    Outcomes are paired: the i-th of both are of the same data set and seed, with the same test images in one order.
-    """
-    rng = np.random.default_rng(seed)
-    drawn = np.zeros(draws)
-    for a, b in zip(first, second, strict=True):
-        rates = {}
-        for part in ("base", "new"):
-            n = len(a.correct[part])
-            # (right/wrong of a, right/wrong of b) falls into four cells; drawing images is drawing cell counts
-            cells = np.bincount(2 * a.correct[part].astype(int) + b.correct[part].astype(int), minlength=4)
-            counts = rng.multinomial(n, cells / n, size=draws)
-            rates[part] = 100 * (counts[:, 2] + counts[:, 3]) / n, 100 * (counts[:, 1] + counts[:, 3]) / n
-        (base_a, base_b), (new_a, new_b) = rates["base"], rates["new"]
-        drawn += (harmonic_mean(base_a, new_a) - harmonic_mean(base_b, new_b)) / len(first)
-    mean = float(np.mean([a.harmonic_mean - b.harmonic_mean for a, b in zip(first, second, strict=True)]))
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return mean, float(low), float(high)

@@ -1,0 +1,58 @@
+"""README keeps its word: the snippet runs as printed, its commands and files are there, it fits a few screens."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from datasets import emoji_scenes
+from spotlighter_plugin import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+
+
+def drawn(folder, names):
+    """What `make demo` leaves of these classes in data/."""
+    data = emoji_scenes.EmojiScenes.__new__(emoji_scenes.EmojiScenes)
+    data.names, data.dataset_dir = emoji_scenes.concepts(), folder / "data/emoji_scenes"
+    labels = [data.names.index(name) for name in names]
+    scenes = {"train": 8, "val": 4, "test": 2}
+    data._write([(split, label, n) for split, few in scenes.items() for label in labels for n in range(few)])
+
+
+def test_the_snippet_runs_as_printed_and_classifies_a_picture(tmp_path):
+    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    drawn(tmp_path, re.findall(r'"([^"]+)"', re.search(r"^names = \[(.+)\]", snippet, re.M)[1]))
+    (tmp_path / "snippet.py").write_text(snippet, encoding="utf-8")
+    env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "snippet.py"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    truth, found = re.fullmatch(r"a picture of (.+): (.+), \d+%\n", done.stdout).groups()
+    assert found == truth
+
+
+def test_it_fits_a_few_screens():
+    assert len(README.splitlines()) <= 140
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path):
+    text = path.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\((?!https?:)([^)#]*)(?:#[^)]*)?\)", text):
+        assert not link or (path.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_exist(path):
+    text = path.read_text(encoding="utf-8")
+    for name in re.findall(r"(?:^    |`)spotlighter ([a-z]+)", text, re.M):
+        assert name in {*cli.COMMANDS, "demo", "doctor"}, name
+    if "findings" not in path.parts:  # those name the commit that has their tools
+        for tool in re.findall(r"python (tools/\w+\.py)", text):
+            assert (ROOT / tool).is_file(), tool
