@@ -1,9 +1,8 @@
 """CLIPFit: which parameters it trains, its similarity loss, and where it starts."""
 
-import pytest
 import torch
 import torch.nn.functional as F
-from hosts_kit import batch_of, losses_over, make_trainer
+from hosts_kit import batch_of, make_trainer
 from random_clips import CLASS_NAMES
 
 from spotlighter_plugin.towers.clip import encode_prompts, load_clip
@@ -21,19 +20,6 @@ def test_it_starts_at_zero_shot_clip(tmp_path):
     with torch.no_grad():
         expected = clip_model.logit_scale.exp() * normalize(clip_model.encode_image(images)) @ texts.t()
         torch.testing.assert_close(trainer.model(images), expected)
-
-
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "amp"])
-def test_the_loss_falls_and_only_text_biases_and_image_layer_norms_change(tmp_path, precision):
-    trainer = clipfit(tmp_path, "TRAINER.CLIPFIT.PREC", precision)
-    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    losses = losses_over(trainer, 5)
-    assert losses[-1] < losses[0]
-    changed = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
-    text = {f"prompt_learner.text_encoder.transformer.resblocks.{i}.mlp.c_proj.bias" for i in range(3)}
-    norms = ["ln_pre", "ln_post", *(f"transformer.resblocks.{i}.ln_{n}" for i in range(3) for n in (1, 2))]
-    image = {f"prompt_learner.image_encoder.{norm}.{part}" for norm in norms for part in ("weight", "bias")}
-    assert changed == text | image
 
 
 def test_the_similarity_loss_holds_the_texts_near_the_frozen_ones(tmp_path):

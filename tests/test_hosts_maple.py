@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hosts_kit import batch_of, losses_over, make_trainer
+from hosts_kit import batch_of, make_trainer
 from random_clips import random_clip
 
 from spotlighter_plugin.towers.clip import tokenize
@@ -77,16 +77,6 @@ def test_prompts_do_not_mind_a_shorter_sequence():
     blocks[2].register_forward_hook(lambda module, args, output: lengths.append(args[0]))
     model.encode_image(torch.randn(1, 3, 32, 32))
     assert len(lengths[0]) == 6 and (lengths[0][-2:] == 2).all()
-
-
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "amp"])
-def test_the_loss_falls_and_only_prompts_and_projections_change(tmp_path, precision):
-    trainer = maple(tmp_path, "TRAINER.MAPLE.PREC", precision, "OPTIM.LR", 0.01)
-    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    losses = losses_over(trainer, 4)
-    assert losses[-1] < losses[0]
-    changed = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
-    assert changed == {name for name in before if name.startswith("prompt_learner.")}
 
 
 def test_checkpoints_have_upstreams_keys_and_load_into_other_class_names(tmp_path):

@@ -46,19 +46,6 @@ def test_the_student_classifies_with_the_teachers_texts_at_the_teachers_width(tm
     assert not any("teacher" in key for key in model.state_dict())
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "amp"])
-def test_distillation_falls_and_only_prompts_and_projection_change(tmp_path, taught, precision):
-    trainer = promptkd(tmp_path, taught, "TRAINER.PROMPTKD.PREC", precision, "OPTIM.LR", 0.002)
-    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    teacher = {name: value.clone() for name, value in trainer.model_teacher.state_dict().items()}
-    losses = losses_over(trainer, 5)
-    assert losses[-1] < losses[0]
-    changed = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
-    idle = {"VPT_image_trans.conv1.0.bias"}  # the normalization behind it takes it away again
-    assert changed | idle == {name for name in before if "VPT" in name}
-    assert all(torch.equal(value, teacher[name]) for name, value in trainer.model_teacher.state_dict().items())
-
-
 def test_texts_kept_while_training_under_amp_serve_evaluation_in_float32(tmp_path, taught):
     trainer = promptkd(tmp_path, taught, "TRAINER.PROMPTKD.PREC", "amp")
     losses_over(trainer, 1)

@@ -1,22 +1,18 @@
-"""Every host with Spotlighter: what is the host's stays the host's, and both train together."""
+"""What is peculiar to PromptKD and to MaPLe's fork with Spotlighter."""
 
 import pytest
 import torch
-from hosts_kit import batch_of, losses_over, make_trainer, train_teacher
+from hosts_kit import batch_of, make_trainer, train_teacher
 
-from spotlighter_plugin import SpotlighterConfig, SpotlighterWrapper
 from spotlighter_plugin.hosts import adapter_for
 from spotlighter_plugin.hosts.maple import MaPLeAdapter
 
 S = "TRAINER.SPOTLIGHTER."
 OPTIONS = {
     "MaPLe": ["TRAINER.MAPLE.PREC", "fp32", "OPTIM.LR", 0.005],
-    "CLIPFit": ["TRAINER.CLIPFIT.PREC", "fp32", "OPTIM.LR", 0.002],
     "PromptKD": ["TRAINER.PROMPTKD.PREC", "fp32", "OPTIM.LR", 0.002, "TRAINER.PROMPTKD.KD_WEIGHT", 100.0]
     + ["TRAINER.MODAL", "cross"],
 }
-TRAINED_IN_THE_TOWER = {"MaPLe": "prompt_learner", "CLIPFit": "image_encoder", "PromptKD": "image_encoder"}
-hosts = pytest.mark.parametrize("host", list(OPTIONS))
 
 
 @pytest.fixture(scope="module")
@@ -30,112 +26,6 @@ def make(folder, host, teacher, *options, plugin=True):
     needed = teacher if host == "PromptKD" else []
     selection = [S + "TOP_K", 6, S + "SELECT_BLOCK", -1] if plugin else []
     return make_trainer(folder, trainer, module, *OPTIONS[host], *needed, *selection, *options)
-
-
-def host_logits(trainer, images):
-    model = trainer.model.host if hasattr(trainer.model, "host") else trainer.model
-    model.eval()
-    with torch.no_grad():
-        return model(images)
-
-
-@hosts
-def test_a_detached_host_gives_its_own_logits_and_state_bit_for_bit(tmp_path, teacher, host):
-    plain = make(tmp_path, host, teacher, plugin=False).model.eval()
-    images = torch.randn(3, 3, 32, 32)
-    state = {key: value.clone() for key, value in plain.state_dict().items()}
-    with torch.no_grad():
-        before = plain(images)
-        wrapper = SpotlighterWrapper(plain, SpotlighterConfig(top_k=4, select_block=1))
-        assert torch.equal(plain(images), before)
-        assert not torch.equal(wrapper(images), before)
-        assert wrapper.detach() is plain
-        assert torch.equal(plain(images), before)
-    assert plain.state_dict().keys() == state.keys()
-    assert all(torch.equal(value, state[key]) for key, value in plain.state_dict().items())
-
-
-@hosts
-@pytest.mark.parametrize("mapping", ["none", "full"])
-def test_with_every_token_kept_the_logits_are_the_hosts(tmp_path, teacher, host, mapping):
-    plain = make(tmp_path, host, teacher, plugin=False).model.eval()
-    images = torch.randn(3, 3, 32, 32)
-    config = SpotlighterConfig(top_k=16, select_block=1, mapping=mapping, prototypes_in="none")
-    with torch.no_grad():
-        expected = plain(images)
-        logits = SpotlighterWrapper(plain, config).eval()(images)
-        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
-
-
-@hosts
-def test_several_cuts_and_fused_tokens_give_the_host_with_every_token_and_its_prompts_with_few(tmp_path, teacher, host):
-    plain = make(tmp_path, host, teacher, plugin=False).model.eval()
-    images = torch.randn(3, 3, 32, 32)
-    options = {"select_block": -1, "mapping": "none", "prototype_logits": False, "fuse_dropped": True}
-    with torch.no_grad():
-        expected, lengths = plain(images), []
-        wrapper = SpotlighterWrapper(plain, SpotlighterConfig(stages=((0, 16), (1, 16)), top_k=16, **options)).eval()
-        torch.testing.assert_close(wrapper(images), expected, atol=1e-4, rtol=1e-4)
-        wrapper.detach()
-        wrapper = SpotlighterWrapper(plain, SpotlighterConfig(stages=((0, 9), (1, 7)), top_k=4, **options)).eval()
-        for block in wrapper.stream.vision.transformer.resblocks:
-            block.attn.register_forward_pre_hook(lambda m, args: lengths.append(args[0].shape[0]))
-        wrapper(images)
-    prompts = 0 if host == "CLIPFit" else lengths[0] - (1 + 9 + 1)
-    assert lengths == [1 + k + 1 + prompts for k in (9, 7, 4)] and (host == "CLIPFit" or prompts > 0)
-    wrapper.detach()
-    with torch.no_grad():
-        assert torch.equal(plain(images), expected)
-
-
-@hosts
-@pytest.mark.parametrize("preset", ["default", "paper"])
-def test_the_loss_falls_and_what_the_host_freezes_stays(tmp_path, teacher, host, preset):
-    trainer = make(tmp_path, host, teacher, S + "PRESET", preset)
-    model = trainer.model.host
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    losses = losses_over(trainer, 8, "cls")  # the host's own objective, on Spotlighter's logits
-    assert losses[-1] < losses[0]
-    for name, parameter in model.named_parameters():
-        assert parameter.requires_grad or torch.equal(parameter, before[name]), name
-    assert any(p.requires_grad and not torch.equal(p, before[name]) for name, p in model.named_parameters())
-    assert trainer.model.plugin.bank.filled.any()
-
-
-@hosts
-def test_the_gradient_passes_through_selection_into_the_tower(tmp_path, teacher, host):
-    trainer = make(tmp_path, host, teacher)
-    trainer.set_model_mode("train")
-    batch = batch_of(trainer)
-    trainer.model(batch["img"], batch["label"])["loss"].backward()
-    trained = {n: p for n, p in trainer.model.host.named_parameters() if p.requires_grad}
-    tower = {n: p for n, p in trained.items() if TRAINED_IN_THE_TOWER[host] in n}
-    assert len(tower) >= 3
-    unreached = [name for name, p in tower.items() if p.grad is None or not p.grad.any()]
-    assert not unreached
-
-
-@hosts
-def test_a_hosts_checkpoint_from_before_loads_and_its_keys_stay(tmp_path, teacher, host):
-    plain = make(tmp_path, host, teacher, "OPTIM.MAX_EPOCH", 1, plugin=False)
-    plain.train()
-    trainer = make(tmp_path, host, teacher, "OUTPUT_DIR", str(tmp_path / "with"))
-    trainer.load_model(str(tmp_path / "out"), epoch=1)
-    images = batch_of(plain)["img"]
-    assert torch.equal(host_logits(trainer, images), host_logits(plain, images))
-    saved, loaded = (t._models[t.checkpoint].state_dict() for t in (plain, trainer))
-    assert saved.keys() == loaded.keys()
-
-
-@hosts
-def test_a_run_trains_tests_saves_and_loads_whole(tmp_path, teacher, host):
-    trainer = make(tmp_path, host, teacher, "OPTIM.MAX_EPOCH", 1, "TEST.NO_TEST", False)
-    trainer.train()
-    again = make(tmp_path, host, teacher, "OUTPUT_DIR", str(tmp_path / "again"))
-    again.load_model(str(tmp_path / "out"), epoch=1)
-    images = batch_of(trainer)["img"]
-    with torch.no_grad():
-        assert torch.equal(again.model.eval()(images), trainer.model.eval()(images))
 
 
 def test_promptkds_bank_learns_the_teachers_labels_and_its_splits_have_their_classes(tmp_path, teacher):
