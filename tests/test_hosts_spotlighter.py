@@ -87,6 +87,6 @@ class ForkedMaPLe(torch.nn.Module):
 def test_the_forks_maple_is_called_its_own_way(tmp_path):
     ours = make(tmp_path, "MaPLe", None, plugin=False).model
     adapter, images = MaPLeAdapter(ForkedMaPLe(ours)), torch.randn(2, 3, 32, 32)
-    assert torch.equal(adapter.encode_text(), ours.encode_text())
+    torch.testing.assert_close(adapter.encode_text(), ours.encode_text(), atol=1e-5, rtol=1e-4)
     assert torch.equal(adapter.encode_image(images), ours.encode_image(images))
     assert type(adapter_for(ForkedMaPLe(ours))) is MaPLeAdapter

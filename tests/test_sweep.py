@@ -366,6 +366,14 @@ def test_backbones_are_the_bundled_ones_on_emoji_scenes_and_openais_elsewhere(ho
     assert backbones("dtd") == backbones("emoji_scenes", "dtd") == backbones() == ["ViT-B/16", "ViT-L/14"]
 
 
+@pytest.mark.parametrize("name", ["figure5a", "figure6a", "XII"])
+def test_an_ablation_of_what_nothing_reads_is_one_line_and_the_papers_preset_has_it(home, name):
+    with pytest.raises(ValueError, match=rf"ablation {name} varies .*: add -- TRAINER.SPOTLIGHTER.PRESET paper"):
+        Ablation(name, plan(home, hosts=("CoOpSpotlighter",))).chains()
+    options = ("TRAINER.SPOTLIGHTER.PRESET", "paper")
+    assert Ablation(name, plan(home, hosts=("CoOpSpotlighter",), options=options)).chains()
+
+
 def test_an_unknown_ablation_is_one_line(home):
     with pytest.raises(ValueError, match="unknown ablation 'IX': take V, VI"):
         Ablation("IX", plan(home)).chains()

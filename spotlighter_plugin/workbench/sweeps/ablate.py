@@ -86,8 +86,28 @@ class Ablation:
             plans[variant] = replace(self.plan, output=output, options=(*self.plan.options, *options))
         return plans
 
+    def _check_that_it_varies(self):
+        """Raises ValueError where what the variants set changes nothing beside the other options."""
+        from yacs.config import CfgNode
+
+        from ...config import extend_cfg, from_cfg
+
+        variants = ABLATIONS[self.name].values()
+        options = [*self.plan.options, *list(variants)[-1]]
+        pairs = zip(options[::2], options[1::2], strict=False)
+        cfg = CfgNode({"TRAINER": {}})
+        extend_cfg(cfg)
+        cfg.merge_from_list([part for pair in pairs if pair[0].startswith(KEY) for part in pair])
+        idle = set(from_cfg(cfg).idle()) & {option for option, _ in variants}
+        if idle:
+            raise ValueError(
+                f"ablation {self.name} varies {idle.pop()}, which nothing reads here: add -- {KEY}PRESET paper"
+            )
+
     def chains(self):
-        return list(itertools.chain.from_iterable(plan.chains() for plan in self.variants().values()))
+        variants = self.variants().values()
+        self._check_that_it_varies()
+        return list(itertools.chain.from_iterable(plan.chains() for plan in variants))
 
     @property
     def protocol(self):
