@@ -1,4 +1,4 @@
-"""README keeps its word: the snippet runs as printed, its commands and files are there, it fits a few screens."""
+"""What is written down holds: README's snippet runs as printed, commands and files exist, configurations say theirs."""
 
 import re
 import subprocess
@@ -56,3 +56,15 @@ def test_commands_exist(path):
     if "findings" not in path.parts:  # those name the commit that has their tools
         for tool in re.findall(r"python (tools/\w+\.py)", text):
             assert (ROOT / tool).is_file(), tool
+
+
+CONFIGURATIONS = sorted(path for path in ROOT.glob("configs/**/*.yaml") if not re.match("emoji|icon", path.name))
+
+
+@pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_configuration_says_its_command_how_long_it_takes_and_what_to_expect(path):
+    head = path.read_text(encoding="utf-8")
+    said = {word: re.search(rf"^# {word}: +(.+)", head, re.M)[1] for word in ("Command", "Duration", "Expected")}
+    command, expected = said["Command"], said["Expected"]
+    assert str(path.relative_to(ROOT)) in command or f"--hosts {path.parent.name} --config {path.stem}" in command
+    assert re.search(r"\d\d|no figure", expected)

@@ -39,7 +39,9 @@ def read_points(path: Path, x: str = "", y: str = "", by: str = "") -> list[tupl
     return points
 
 
-def draw_curves(points: list[tuple[str, str, float, float, float]], path: Path, log_x: bool = False) -> None:
+def draw_curves(
+    points: list[tuple[str, str, float, float, float]], path: Path, log_x: bool = False, ylabel: str = "accuracy, %"
+) -> None:
     """A panel for each quantity on x, a line for each name, a band of one standard deviation."""
     panels = list(dict.fromkeys(point[0] for point in points))
     names = len({point[1] for point in points})
@@ -53,7 +55,7 @@ def draw_curves(points: list[tuple[str, str, float, float, float]], path: Path, 
                 if any(deviation):
                     low, high = zip(*((v - d, v + d) for v, d in zip(up, deviation, strict=True)), strict=True)
                     ax.fill_between(across, low, high, color=drawn.get_color(), alpha=0.15)
-            ax.set(xlabel=SYMBOLS.get(panel, panel))
+            ax.set(xlabel=SYMBOLS.get(panel, panel), ylabel=ylabel)
             ax.legend(fontsize=8, **beside)
             values = sorted({point[2] for point in points if point[0] == panel})
             if log_x and values[-1] > 0:  # zero has a place left of the smallest

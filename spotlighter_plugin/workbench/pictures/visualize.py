@@ -20,6 +20,7 @@ from .figures import check_path, figure
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Pictures: lit tokens, embeddings, curves.")
 LEVELS = ("#ffd21f", "#35a7ff")  # outlines of level 1 and level 2
+MEANING = ("level 1: the upper half of the kept tokens by score", "level 2: the lower half", "dark: dropped")
 COLUMNS = 6  # images in a row
 BATCH = 64  # images at once
 
@@ -125,8 +126,9 @@ def draw_tokens(images: torch.Tensor, levels: torch.Tensor, titles: list[str], p
             above.imshow(picture)
             above.set_title(title, fontsize=9)
             _draw_lit(below, picture, level)
-        handles = [_patch((0, 0), 1, 1, colour) for colour in LEVELS]
-        axes.flat[0].figure.legend(handles, ["level 1", "level 2"], loc="outside lower center", ncols=2, frameon=False)
+        handles = [_patch((0, 0), 1, 1, colour) for colour in (*LEVELS, "none")]
+        columns = 1 if columns < 4 else 3
+        axes.flat[0].figure.legend(handles, MEANING, loc="outside lower center", ncols=columns, frameon=False)
 
 
 def _pixels(images):
@@ -178,9 +180,9 @@ def tokens(
     batch = read_images(images, model.adapter.vision.input_resolution)
     found = [lit_levels(model, part.to(model.adapter.logit_scale.device)) for part in batch.split(BATCH)]
     levels, logits = (torch.cat(parts) for parts in zip(*found, strict=True))
-    titles = [names[c].replace("_", " ") for c in logits.argmax(1)] if names else [path.stem for path in images]
-    draw_tokens(batch, levels, titles, output)
-    print(output)
+    said = [f"\nseen as {names[c].replace('_', ' ')}" if names else "" for c in logits.argmax(1)]
+    draw_tokens(batch, levels, [path.name + seen for path, seen in zip(images, said, strict=True)], output)
+    print(f"{output}: which tokens are lit. Next: spotlighter visualize tokens --run FOLDER IMAGE… for a trained model")
 
 
 # ---------------------------------------------------------------------------------------------------------------- tsne
@@ -223,7 +225,9 @@ def draw_tsne(found: dict[str, torch.Tensor], labels: list[str], path: Path, see
         for ax, (name, vectors) in zip(axes.flat, found.items(), strict=True):
             flat = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(vectors.numpy())
             dots = ax.scatter(flat[:, 0], flat[:, 1], c=numbers, cmap=colours, s=9)
-            ax.set(xticks=[], yticks=[], title=f"{name} (silhouette {silhouette_score(vectors.numpy(), numbers):.3f})")
+            silhouette = silhouette_score(vectors.numpy(), numbers)
+            ax.set(xticks=[], yticks=[], xlabel="t-SNE, first axis", ylabel="t-SNE, second axis")
+            ax.set_title(f"{name} (silhouette {silhouette:.3f})")
         handles = dots.legend_elements(num=list(range(len(names))))[0]
         axes.flat[-1].figure.legend(handles, names, loc="outside right center", fontsize=7, frameon=False)
 
@@ -254,7 +258,7 @@ def tsne(
     items = sample(made.dm.dataset.test, classes, images)
     batch = read_images([item.impath for item in items], made.model.adapter.vision.input_resolution)
     draw_tsne(embeddings(made.model, batch), [item.classname.replace("_", " ") for item in items], output, seed)
-    print(output)
+    print(f"{output}: embeddings, a colour a class. Next: spotlighter visualize tsne --run FOLDER for a trained model")
 
 
 # -------------------------------------------------------------------------------------------------------------- curves
@@ -271,5 +275,5 @@ def curves(
 ):
     """Figures 4-7: accuracy against k, α, β, λ1-3 or shots."""
     check_path("--output", output)
-    draw_curves([point for path in results for point in read_points(path, x, y, by)], output, log_x)
-    print(output)
+    draw_curves([point for path in results for point in read_points(path, x, y, by)], output, log_x, y or "accuracy, %")
+    print(f"{output}: curves. Next: --output {output.with_suffix('.pdf')} for a paper")

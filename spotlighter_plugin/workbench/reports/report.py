@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import statistics
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -421,3 +422,5 @@ def command(
         output.write_text(text, encoding="utf-8")
     else:
         print(text, end="")
+    where = f"in {output}" if output else "above (--output FILE)"
+    print(f"tables {where}; --format latex for a paper, csv for spotlighter visualize curves", file=sys.stderr)

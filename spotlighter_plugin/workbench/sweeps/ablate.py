@@ -175,5 +175,7 @@ def command(
     ablation = Ablation(name, plan)
     failures = sweep(ablation, jobs, launcher, Console(file=sys.stderr))  # standard output is the table's alone
     print(FORMATS[format](ablation.tables()), end="")
+    after = f"spotlighter ablate {name} --format csv > {name}.csv && spotlighter visualize curves {name}.csv"
+    print(f"runs are in {output / 'ablation' / name}; as curves: {after}", file=sys.stderr)
     if failures:
         raise typer.Exit(1)

@@ -106,5 +106,7 @@ def command(
         for run in (run for chain in plan.chains() for run in chain):
             print(shlex.join(["python", *train_py(home), *run.arguments]))
         return
-    if sweep(plan, jobs, launcher):
+    failures = sweep(plan, jobs, launcher)
+    print(f"runs are in {plan.output}; spotlighter report {shlex.quote(str(output))} makes their table")
+    if failures:
         raise typer.Exit(1)
