@@ -9,7 +9,6 @@ from spotlighter_plugin.workbench.evidence.judge import (
     Exam,
     answers_of,
     figures,
-    harmonic_mean,
     interval,
     resampled,
 )
@@ -36,11 +35,6 @@ def test_figures_are_shares_of_each_half_and_their_harmonic_means():
     result = figures(Answers(own, one), test)
     assert result["base"] == 75 and result["new"] == 50 and result["hm"] == pytest.approx(60)
     assert result["one_space_base"] == result["one_space_new"] == result["one_space_hm"] == 25
-
-
-def test_the_harmonic_mean_is_that_of_both_halves():
-    assert harmonic_mean(80, 60) == pytest.approx(2 / (1 / 80 + 1 / 60))
-    assert harmonic_mean(0, 0) == 0
 
 
 def test_resampling_is_around_the_figures_and_repeats_itself():

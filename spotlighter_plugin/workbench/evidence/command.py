@@ -18,7 +18,7 @@ from .table import records
 from .table import show as print_tables
 from .tasks import configuration, written_aside
 
-FAMILY = tuple(f"emoji_scenes{part}" for part in ("", "_pixel", "_dark", "_swap"))
+FAMILY = tuple(f"icon_scenes{domain}" for domain in ("", "_inverted", "_colour", "_pixel", "_dark"))
 FOLDER = Path("output/evidence")  # what saves time in another run
 
 app = typer.Typer(add_completion=False)
@@ -52,7 +52,7 @@ def command(
         raise FileNotFoundError(f"{path}: no finished rows are kept there; run without --show")
     console, kept = Console(), Results(path)
     if not show:
-        laboratory = Laboratory(kind, kept, root, FOLDER, again, console.print)
+        laboratory = Laboratory(kind, kept, root, FOLDER, again)
         laboratory.run(known, files, list(seeds), files[0] if cross and len(files) > 1 else None)
 
     listed, sets = [row.name for row in known], [configuration(file, 1, root).DATASET.NAME for file in files]

@@ -194,7 +194,7 @@ class Host:
             return tower.features(scenes.paths)
         new = [path for path in dict.fromkeys(scenes.paths) if path not in self._seen]
         model = self.model(["nothing"], tower.device) if new else None
-        for part in chunks(new, self.trainer):
+        for part in chunks(new):
             looks = F.normalize(model.encode_image(tower.pictures(part)).float(), dim=-1)
             self._seen |= zip(part, looks.cpu(), strict=True)
         return torch.stack([self._seen[path] for path in scenes.paths]).to(tower.device)
@@ -203,7 +203,7 @@ class Host:
     def taught(self, scenes: Scenes, names: list[str], tower: FrozenTower) -> Scenes:
         """The same pictures with the classes that the host's teacher sees in them."""
         teacher = self.model(names, tower.device).teacher
-        labels = [teacher(tower.pictures(part)).argmax(1).cpu() for part in chunks(scenes.paths, "teacher")]
+        labels = [teacher(tower.pictures(part)).argmax(1).cpu() for part in chunks(scenes.paths)]
         return Scenes(scenes.paths, torch.cat(labels))
 
     @torch.no_grad()

@@ -6,6 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..training.experiment import harmonic_mean
+
 DRAWS = 2000
 FIGURES = ("base", "new", "hm", "one_space_base", "one_space_new", "one_space_hm")
 
@@ -43,11 +45,6 @@ def answers_of(logits: Tensor, labels: Tensor, known: int) -> Answers:
     columns = (labels.new_ones(logits.shape[1]).cumsum(0) <= known)[None]  # (1, C), the base ones
     own = logits.masked_fill(columns != is_base[:, None], -float("inf")).argmax(1) == labels
     return Answers(own.cpu().numpy(), one.cpu().numpy())
-
-
-def harmonic_mean(base, new):
-    """HM = 2 base new / (base + new); 0 where both are. Numbers, or arrays of one shape."""
-    return 2 * base * new / np.maximum(base + new, 1e-12)
 
 
 def figures(answers: Answers, exam: Exam) -> dict[str, float]:

@@ -1,10 +1,9 @@
 """Runs the rows that are missing, data set by data set and seed by seed."""
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..progress import Steps
 from .cell import Cell
 from .hosts import Kind
 from .judge import Exam
@@ -20,7 +19,6 @@ class Laboratory:
     Args:
         root: folder of the data sets. folder: of what saves time in another run.
         again: run rows although their results are there.
-        say: called with one line after each row.
     """
 
     kind: Kind
@@ -28,7 +26,6 @@ class Laboratory:
     root: str
     folder: Path
     again: bool = False
-    say: Callable = print
     _towers: dict = field(default_factory=dict)
     _tasks: dict = field(default_factory=dict)
 
@@ -37,18 +34,24 @@ class Laboratory:
 
         source: what is trained there is judged on the other data sets, too; None: nowhere.
         """
-        for dataset in datasets:
-            targets = [dataset, *(d for d in datasets if dataset == source and d != source)]
-            cells = {}
-            for seed in seeds:
-                for row in rows:
-                    todo = [t for t in targets if self.again or not self._is_there(row, t, dataset, seed)]
-                    if todo:
-                        for each in (seeds[0], seed):
-                            cells[each] = cells.get(each) or self._cell(dataset, each, cells.get(seeds[0]))
-                        self._make(row, cells[seed], todo)
-            if dataset != source:
-                self.tower(dataset).forget()
+        wanted = [
+            (dataset, seed, row, [dataset, *(other for other in datasets if dataset == source != other)])
+            for dataset in datasets for seed in seeds for row in rows
+        ]  # fmt: skip
+        missing = lambda dataset, seed, row, target: self.again or not self._is_there(row, target, dataset, seed)  # noqa: E731
+        todo = [(d, s, row, [t for t in targets if missing(d, s, row, t)]) for d, s, row, targets in wanted]
+        todo, cells = [each for each in todo if each[-1]], {}
+        with Steps(len(todo)) as steps:
+            for dataset, seed, row, targets in todo:
+                steps.say(f"{Path(dataset).stem} seed {seed}: {row.name}")
+                for done in {d for d, _ in cells} - {dataset}:
+                    self.tower(done).forget()
+                    cells = {}
+                for each in (seeds[0], seed):
+                    first = cells.get((dataset, seeds[0]))
+                    cells[dataset, each] = cells.get((dataset, each)) or self._cell(dataset, each, first)
+                self._make(row, cells[dataset, seed], targets)
+                steps.advance()
 
     def tower(self, dataset: str) -> FrozenTower:
         if dataset not in self._towers:
@@ -78,7 +81,6 @@ class Laboratory:
         return Key(row.name, self.tower(dataset).dataset, self.tower(source).dataset, seed)
 
     def _make(self, row: Row, cell: Cell, targets: list[str]) -> None:
-        started = time.time()
         made = row.make(cell)
         facts = {
             "operations_ratio": round(made.share, 4), "trained": made.trained, "memory_mb": round(made.megabytes, 4),
@@ -93,4 +95,3 @@ class Laboratory:
             answers = made.fitted.answers(task.test, self.tower(target))
             finished[self._key(row, target, cell.dataset, cell.seed)] = facts, answers, exam
         self.results.put(finished)
-        self.say(f"{Path(cell.dataset).stem} seed {cell.seed}: {row.name} ({time.time() - started:.0f} s)")

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from dassl.data.datasets import build_dataset
 from dassl.data.transforms import build_transform
 from dassl.utils import read_image
-from rich.progress import track
 from torch import Tensor
 
 from ...towers.clip import load_clip
@@ -135,7 +134,7 @@ class FrozenTower:
         new = [path for path in dict.fromkeys(paths) if path not in self._row]
         prints = {path: hashlib.blake2b(Path(path).read_bytes(), digest_size=16).digest() for path in new}
         unseen = list({prints[path]: path for path in new if prints[path] not in self._known}.values())
-        for part in chunks(unseen, "features"):
+        for part in chunks(unseen):
             seen = self.vision(self.pictures(part)).float()
             self._known |= {prints[p]: f for p, f in zip(part, F.normalize(seen, dim=-1).cpu().numpy(), strict=True)}
         if unseen:
@@ -147,7 +146,7 @@ class FrozenTower:
     def states(self, paths: list[str], block: int) -> Tensor:
         """Hidden states (n, 1+N, w) in half precision, on entering ``block``; kept until ``forget``."""
         kept = self._states.setdefault(block, {})
-        for part in chunks([path for path in dict.fromkeys(paths) if path not in kept], "frozen blocks"):
+        for part in chunks([path for path in dict.fromkeys(paths) if path not in kept]):
             kept |= zip(part, self._enter(self.pictures(part), block).half().cpu(), strict=True)
         return torch.stack([kept[path] for path in paths])
 
@@ -202,7 +201,6 @@ class written_aside:
             self.aside.unlink(missing_ok=True)
 
 
-def chunks(paths: list[str], what: str):
-    """Parts of ``BATCH``, with a progress bar."""
-    starts = range(0, len(paths), BATCH)
-    return (paths[i : i + BATCH] for i in track(starts, what, disable=len(starts) < 2, transient=True))
+def chunks(paths: list[str]):
+    """Parts of ``BATCH``."""
+    return (paths[i : i + BATCH] for i in range(0, len(paths), BATCH))
