@@ -203,8 +203,11 @@ class SpotlighterWrapper(Pretrained, nn.Module):
                 return make()
             return plugin.constant(name, make, images.device, self.host if reads_host else None)
 
-        raw_text = constant("raw text", adapter.encode_text, adapter.train_text)  # (C, d)
-        text = constant("text", lambda: F.normalize(raw_text.float(), dim=-1), adapter.train_text)  # (C, d)
+        def texts():
+            raw = adapter.encode_text()
+            return raw, F.normalize(raw.float(), dim=-1)
+
+        raw_text, text = constant("texts", texts, adapter.train_text)  # (C, d) both
         scale = adapter.logit_scale.float()
         batch = Selector(self.config, plugin, adapter.vision, adapter.project, constant, images, text, scale)
         batch.describes = memory is not None and memory.is_ready

@@ -1,7 +1,7 @@
 """What Spotlighter adds to a host and saves: mapping, bank and memory, and the constants of evaluation."""
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .bank import SemanticMemoryBank
 from .mapping import Mapping
@@ -31,10 +31,10 @@ class Plugin(nn.Module):
         self.memory = ShotMemory(class_names, described, width) if config.prototype_logits else None
         self._constants = {}
 
-    def constant(self, name: str, make, device: torch.device, host: nn.Module | None = None) -> Tensor:
+    def constant(self, name: str, make, device: torch.device, host: nn.Module | None = None):
         """What ``make`` gives, kept until ``train``, ``eval`` or a change of ``host``'s parameters; by precision."""
         tensors = () if host is None or torch.compiler.is_compiling() else self._parameters_of(host)
-        state = [(each.data_ptr(), 0 if each.is_inference() else each._version) for each in tensors]
+        state = [(each.data_ptr(), each._version) for each in tensors]
         key = name, device, torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
         kept = self._constants.get(key)
         if kept is None or (tensors and state != kept[0]):
@@ -44,7 +44,7 @@ class Plugin(nn.Module):
 
     def _parameters_of(self, host: nn.Module) -> list[nn.Parameter]:
         if "parameters" not in self._constants:  # going through all modules takes longer than looking at them
-            self._constants["parameters"] = list(host.parameters())
+            self._constants["parameters"] = [each for each in host.parameters() if not each.is_inference()]
         return self._constants["parameters"]
 
     def forget_constants(self) -> None:
