@@ -27,7 +27,7 @@ COMMANDS = {  # name: the module whose `app` it is, what --help says
 class Later(TyperCommand):
     """A command whose module is imported when it is called, not when it is listed."""
 
-    def make_context(self, info_name, args, parent=None, **extra):
+    def make_context(self, info_name, args, parent=None, **extra) -> typer.Context:
         module = importlib.import_module(f".{COMMANDS[self.name][0]}", __package__)
         return typer.main.get_command(module.app).make_context(info_name, args, parent, **extra)
 
@@ -60,7 +60,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="of shots and training")] = 1,
     output: Annotated[Path, typer.Option(help="folder of the table and the logs")] = Path("output/demo"),
     quick: Annotated[bool, typer.Option("--quick", help="to see that it runs: no real figures")] = False,
-):
+) -> None:
     """CoOp with and without Spotlighter on the bundled pictures: one table, a few minutes on two cores."""
     from .workbench.demo import run
 
@@ -68,7 +68,7 @@ def demo(
 
 
 @app.command()
-def doctor():
+def doctor() -> None:
     """Check what this installation needs: versions, imports, bundled weights, the device."""
     table, sound = Table("check", "found", "", title="spotlighter doctor"), True
     for name, look in CHECKS.items():
@@ -121,7 +121,7 @@ CHECKS = {
 }
 
 
-def main(argv=None):
+def main(argv=None) -> None:
     """Run a command; a mistake is one line on standard error and exit code 1 (SPOTLIGHTER_DEBUG=1: a traceback)."""
     try:
         app(args=argv, prog_name="spotlighter")

@@ -1,7 +1,9 @@
 """Accuracy of logits against labels."""
 
+from torch import Tensor
 
-def compute_accuracy(output, target, topk=(1,)):
+
+def compute_accuracy(output, target, topk=(1,)) -> list[Tensor]:
     """Top-k accuracies in percent.
 
     Args:

@@ -13,7 +13,7 @@ class Backbone(nn.Module):
     """A feature extractor; sets `_out_features`."""
 
     @property
-    def out_features(self):
+    def out_features(self) -> int | None:
         return self._out_features
 
 

@@ -1,6 +1,7 @@
 """Figures as files: drawn without a display, written aside, then renamed."""
 
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def check_path(flag: str, path: Path) -> None:
 
 
 @contextmanager
-def figure(path: Path, width: float, height: float, **subplots):
+def figure(path: Path, width: float, height: float, **subplots) -> Iterator:
     """Axes (or an array of them, as of matplotlib's ``subplots``) that are saved to ``path`` at the end."""
     path = Path(path)
     drawing, axes = _matplotlib().subplots(figsize=(width, height), layout="constrained", **subplots)

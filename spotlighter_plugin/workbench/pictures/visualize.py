@@ -166,7 +166,7 @@ def tokens(
     activation: Annotated[str | None, typer.Option(help="of tokens (default: the preset's); without --run")] = None,
     class_names: Annotated[str, typer.Option(help="cat,dog,…: name what is seen; without --run")] = "",
     output: Annotated[Path, typer.Option(help=".png, .svg or .pdf")] = Path("tokens.png"),
-):
+) -> None:
     """Draw which tokens are lit, in which level, over each image."""
     check_path("--output", output)
     names = [name.strip() for name in class_names.split(",") if name.strip()]
@@ -243,7 +243,7 @@ def tsne(
     images: Annotated[int, typer.Option(help="how many images of each")] = 30,
     seed: Annotated[int, typer.Option()] = 0,
     output: Annotated[Path, typer.Option(help=".png, .svg or .pdf")] = Path("tsne.png"),
-):
+) -> None:
     """Figure 3: image embeddings of the test set, the host's beside Spotlighter's."""
     check_path("--output", output)
     for flag, value, least in (("--classes", classes, 2), ("--images", images, 1)):
@@ -272,7 +272,7 @@ def curves(
     by: Annotated[str, typer.Option(help="column that tells lines apart")] = "",
     log_x: Annotated[bool, typer.Option("--log-x", help="a logarithmic x")] = False,
     output: Annotated[Path, typer.Option(help=".png, .svg or .pdf")] = Path("curves.png"),
-):
+) -> None:
     """Figures 4-7: accuracy against k, α, β, λ1-3 or shots."""
     check_path("--output", output)
     draw_curves([point for path in results for point in read_points(path, x, y, by)], output, log_x, y or "accuracy, %")

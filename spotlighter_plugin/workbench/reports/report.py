@@ -67,24 +67,24 @@ class Accuracies:
             cell[r.seed] = cell.get(r.seed) if r.accuracy is None else r.accuracy
         self.methods = sorted({r.method for r in results})
 
-    def get(self, method, dataset, kind, detail=None):
+    def get(self, method, dataset, kind, detail=None) -> dict[int, float | None]:
         """A copy; zero-shot CLIP's accuracy on all classes stands for any number of shots and for any source."""
         found = self.cells.get((method, dataset, kind, detail))
         if found is None and kind in ("few", "cross"):
             found = self.cells.get((method, dataset, "zero", None))
         return dict(found or {})
 
-    def seeds(self, method, *kinds):
+    def seeds(self, method, *kinds) -> set[int]:
         """The seeds with which a method was run in a protocol: what a complete cell has."""
         of_zero = {"zero"} if {"few", "cross"} & set(kinds) else set()
         wanted = set(kinds) | of_zero
         return {seed for key, cell in self.cells.items() if key[0] == method and key[2] in wanted for seed in cell}
 
-    def datasets(self, *kinds):
+    def datasets(self, *kinds) -> set[str]:
         return {key[1] for key in self.cells if key[2] in kinds}
 
 
-def harmonic(one, two):
+def harmonic(one, two) -> float:
     return 2 * one * two / (one + two) if one + two else 0.0
 
 
@@ -137,13 +137,13 @@ def _families(accuracies, *kinds):
     return {name: family for name, family in FAMILIES.items() if accuracies.datasets(*kinds) & set(family)}
 
 
-def datasets_of(accuracies):
+def datasets_of(accuracies) -> list[str]:
     """The data sets with base-to-new results, the paper's and EmojiScenes' in their order."""
     ran = accuracies.datasets("base", "new")
     return [*(name for name in ELEVEN + EMOJI if name in ran), *sorted(ran - {*ELEVEN, *EMOJI})]
 
 
-def base2new_average(accuracies, method, family, paper):
+def base2new_average(accuracies, method, family, paper) -> list[Cell]:
     """The cells Base, Novel and HM of a method over a family of data sets; paper: the three printed figures or None."""
     parts = [
         _averaged({name: accuracies.get(method, name, kind) for name in family}, family) for kind in ("base", "new")
@@ -152,7 +152,7 @@ def base2new_average(accuracies, method, family, paper):
     return _base_new_hm(parts[0][0], parts[1][0], expected, paper, (parts[0][1], parts[1][1]))
 
 
-def table_1(accuracies):
+def table_1(accuracies) -> list[Table]:
     """Base-to-new generalization: a block for each average and each data set that was run."""
     tables = []
     for block, family in _families(accuracies, "base", "new").items():
@@ -172,7 +172,7 @@ def table_1(accuracies):
     return tables
 
 
-def table_2(accuracies):
+def table_2(accuracies) -> list[Table]:
     """Few-shot learning: a block for each average, and one for each data set that was run."""
     ran = accuracies.datasets("few")
     shots = sorted({key[3] for key in accuracies.cells if key[2] == "few"} | {1, 2, 4, 8, 16})
@@ -211,7 +211,7 @@ def _transfer(number, accuracies, source, targets, paper, title=""):
     return [_table(number, title, [source, *targets, "Average"], rows)]
 
 
-def table_3(accuracies):
+def table_3(accuracies) -> list[Table]:
     """Cross-domain generalization from ImageNet, and the same on EmojiScenes."""
     return [
         *_transfer("III", accuracies, "ImageNet", VARIANTS, PAPER["III"]["rows"]),
@@ -219,12 +219,12 @@ def table_3(accuracies):
     ]
 
 
-def table_cross_dataset(accuracies):
+def table_cross_dataset(accuracies) -> list[Table]:
     """Trained on ImageNet, tested on the ten other data sets; the paper has no such table."""
     return _transfer("cross-dataset", accuracies, "ImageNet", ELEVEN[1:], {})
 
 
-def table_4(accuracies, benches):
+def table_4(accuracies, benches) -> list[Table]:
     """Efficiency: images/s from `spotlighter bench --json`, the harmonic mean on ImageNet from the runs."""
     if not benches:
         return []
@@ -247,7 +247,7 @@ def table_4(accuracies, benches):
     return [_table("IV", "", PAPER["IV"]["columns"], rows)]
 
 
-def table_7(accuracies):
+def table_7(accuracies) -> list[Table]:
     """Each host with and without Spotlighter, and the gain, averaged over data sets."""
     tables = []
     for block, family in _families(accuracies, "base", "new").items():
@@ -280,7 +280,7 @@ def _table(number, block, columns, rows):
     return Table(number, paper["page"], title, list(columns), rows)
 
 
-def make_tables(results, benches=(), numbers=()):
+def make_tables(results, benches=(), numbers=()) -> list[Table]:
     """The tables that the results can fill, or those of `numbers`.
 
     Args:
@@ -334,7 +334,7 @@ def _strings(table):
     return header, rows
 
 
-def as_text(tables):
+def as_text(tables) -> str:
     parts = []
     for table in tables:
         header, rows = _strings(table)
@@ -346,7 +346,7 @@ def as_text(tables):
     return "\n\n".join("\n".join(line.rstrip() for line in part.splitlines()) for part in parts) + "\n"
 
 
-def as_markdown(tables):
+def as_markdown(tables) -> str:
     parts = []
     for table in tables:
         header, rows = _strings(table)
@@ -355,7 +355,7 @@ def as_markdown(tables):
     return "\n\n".join(parts) + "\n"
 
 
-def as_latex(tables):
+def as_latex(tables) -> str:
     """Needs the package booktabs."""
 
     def escaped(text):
@@ -373,7 +373,7 @@ def as_latex(tables):
     return "\n\n".join(parts) + "\n"
 
 
-def as_csv(tables):
+def as_csv(tables) -> str:
     """One line a cell, unrounded."""
     file = io.StringIO()
     out = csv.writer(file, lineterminator="\n")
@@ -389,7 +389,7 @@ def as_csv(tables):
 FORMATS = {"text": as_text, "markdown": as_markdown, "csv": as_csv, "latex": as_latex}
 
 
-def read_benches(paths):
+def read_benches(paths) -> list[dict]:
     """The JSON files of `spotlighter bench` (bench*.json) below some folders, as a list of dictionaries."""
     found = []
     for file in sorted(file for path in paths for file in Path(path).rglob("bench*.json")):
@@ -413,7 +413,7 @@ def command(
     format: Annotated[str, typer.Option(help=", ".join(FORMATS))] = "text",
     config: Annotated[str, typer.Option(help="only runs of this configuration file, e.g. vit_b16_ep50")] = "",
     output: Annotated[Path | None, typer.Option(help="write to a file")] = None,
-):
+) -> None:
     """The paper's tables: mean ± standard deviation over seeds, beside the paper's figures."""
     if format not in FORMATS:
         raise ValueError(f"unknown format {format!r}: take {', '.join(FORMATS)}")

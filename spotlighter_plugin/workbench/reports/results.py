@@ -40,13 +40,13 @@ class Result:
     source: str = ""
 
 
-def method_name(trainer):
+def method_name(trainer) -> str:
     """The paper's name of a trainer."""
     host = trainer.removesuffix("Spotlighter")
     return NAMES.get(host, host) + (" w/ Spotlighter" if host != trainer else "")
 
 
-def find_results(paths, config="", warn=lambda line: print(line, file=sys.stderr)):
+def find_results(paths, config="", warn=lambda line: print(line, file=sys.stderr)) -> list[Result]:
     """The results in folders of runs.
 
     Args:

@@ -15,7 +15,7 @@ from rich.console import Console
 from ..reports.report import FORMATS, PAPER, Accuracies, Table, base2new_average, datasets_of
 from ..reports.results import find_results
 from .launch import LAUNCHERS
-from .plan import EMOJI, HERE, Plan
+from .plan import EMOJI, HERE, Plan, Run
 from .sweep import ListOptions, sweep
 
 KEY = "TRAINER.SPOTLIGHTER."
@@ -71,7 +71,7 @@ class Ablation:
     name: str
     plan: Plan
 
-    def variants(self):
+    def variants(self) -> dict[str, Plan]:
         """{variant's name: its Plan}."""
         if self.name not in ABLATIONS:
             raise ValueError(f"unknown ablation {self.name!r}: take {', '.join(ABLATIONS)}")
@@ -104,20 +104,20 @@ class Ablation:
                 f"ablation {self.name} varies {idle.pop()}, which nothing reads here: add -- {KEY}PRESET paper"
             )
 
-    def chains(self):
+    def chains(self) -> list[list[Run]]:
         variants = self.variants().values()
         self._check_that_it_varies()
         return list(itertools.chain.from_iterable(plan.chains() for plan in variants))
 
     @property
-    def protocol(self):
+    def protocol(self) -> str:
         return f"ablation {self.name}"
 
     @property
-    def home(self):
+    def home(self) -> Path:
         return self.plan.home
 
-    def tables(self):
+    def tables(self) -> list[Table]:
         """For each host a table of Base, Novel and HM, averaged over the data sets, a row a variant."""
         rows = {}
         for variant, plan in self.variants().items():
@@ -156,7 +156,7 @@ def command(
     ] = False,
     launcher: Annotated[str, typer.Option(help=", ".join(LAUNCHERS))] = "here",
     format: Annotated[str, typer.Option(help=", ".join(FORMATS))] = "text",
-):
+) -> None:
     """Run one ablation of the paper (resumed and skipped as by sweep) and print its table."""
     if format not in FORMATS:
         raise ValueError(f"unknown format {format!r}: take {', '.join(FORMATS)}")

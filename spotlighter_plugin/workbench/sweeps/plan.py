@@ -44,7 +44,7 @@ class Run:
     needs: Path | None = None
 
     @property
-    def arguments(self):
+    def arguments(self) -> tuple[str, ...]:
         """train.py's command line, with the epoch to load: the last that was saved, unless the best one was."""
         chosen = ()
         if self.needs is not None and not any(self.needs.glob("*/model-best.pth.tar")):
@@ -54,16 +54,16 @@ class Run:
         return (*self.flags, *chosen, *self.options)
 
     @property
-    def dataset(self):
+    def dataset(self) -> str:
         """Its data set's configuration file."""
         return self.flags[self.flags.index("--dataset-config-file") + 1]
 
     @property
-    def complete(self):
+    def complete(self) -> bool:
         log = read_run(self.folder)
         return log is not None and log.complete
 
-    def contradiction(self):
+    def contradiction(self) -> str:
         """A line if the run in the folder was not made with these options, else ""."""
         found = read_run(self.folder).settings
         meant = dict(zip(self.options[::2], self.options[1::2], strict=True))  # of equal keys the last
@@ -95,7 +95,7 @@ class Plan:
     home: Path = HERE
     validation: bool = False
 
-    def chains(self):
+    def chains(self) -> list[list[Run]]:
         """A list of lists of `Run`."""
         if self.protocol not in PROTOCOLS:
             raise ValueError(f"unknown protocol {self.protocol!r}: take {', '.join(PROTOCOLS)}")

@@ -15,7 +15,7 @@ from .launch import LAUNCHERS
 from .plan import GROUPS, HERE, PROTOCOLS, Plan, train_py
 
 
-def sweep(plan, jobs=1, launcher="here", console=None):
+def sweep(plan, jobs=1, launcher="here", console=None) -> list[str]:
     """Run what is missing of a plan and show progress. Returns the failures, one line each.
 
     Raises: ValueError with one line for a plan or a launcher that cannot be.
@@ -53,7 +53,7 @@ def sweep(plan, jobs=1, launcher="here", console=None):
 class ListOptions(TyperCommand):
     """Lets `--seeds 1 2 3` stand for `--seeds 1 --seeds 2 --seeds 3`."""
 
-    def parse_args(self, ctx, args):
+    def parse_args(self, ctx, args) -> list[str]:
         lists = {name for option in self.params if getattr(option, "multiple", False) for name in option.opts}
         repeated, flag = [], None
         for position, arg in enumerate(args):
@@ -86,7 +86,7 @@ def command(
     jobs: Annotated[int, typer.Option(help="runs at once")] = 1,
     launcher: Annotated[str, typer.Option(help=f"{', '.join(LAUNCHERS)}")] = "here",
     plan_only: Annotated[bool, typer.Option("--plan", help="print the runs and stop")] = False,
-):
+) -> None:
     """Run a whole protocol: skip what is complete, resume what was killed, report at the end what failed."""
     home = Path.cwd() if Path("train.py").is_file() and Path("configs").is_dir() else HERE
     plan = Plan(

@@ -54,7 +54,7 @@ class Outcome:
         return harmonic_mean(self.accuracy("base"), self.accuracy("new"))
 
 
-def harmonic_mean(base, new):
+def harmonic_mean(base, new) -> float | np.ndarray:
     """HM = 2 base new / (base + new); 0 where both are. Numbers, or arrays of one shape."""
     return 2 * base * new / np.maximum(base + new, 1e-12)
 

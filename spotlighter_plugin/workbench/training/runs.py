@@ -37,20 +37,20 @@ class RunLog:
     reached: str
 
     @property
-    def complete(self):
+    def complete(self) -> bool:
         return bool(self.accuracy)
 
     @property
-    def evaluates_only(self):
+    def evaluates_only(self) -> bool:
         return self.arguments.get("eval_only") == "True"
 
 
-def log_files(folder):
+def log_files(folder) -> list[Path]:
     """The logs of a folder, oldest first."""
     return sorted(path for path in Path(folder).glob("log.txt*") if path.is_file())
 
 
-def read_run(folder):
+def read_run(folder) -> RunLog | None:
     """The RunLog of a folder with logs, None for a folder without."""
     texts = [path.read_text(encoding="utf-8", errors="replace") for path in log_files(folder)]
     if not texts:
@@ -96,7 +96,7 @@ def _indented(text, heading):
     return found
 
 
-def progress(folder):
+def progress(folder) -> float:
     """The part of a run's training that its newest log says is done, 0 to 1."""
     logs = log_files(folder)
     if not logs:
@@ -111,7 +111,7 @@ def progress(folder):
     return (epoch - 1 + batch / batches) / of
 
 
-def same(one, other):
+def same(one, other) -> bool:
     """Whether two printed settings are equal: `0.10` and `0.1`, `(1, 2)` and `[1, 2]`."""
 
     def value(text):

@@ -97,7 +97,7 @@ SAMPLERS = {
 }
 
 
-def build_sampler(sampler_type, cfg=None, data_source=None, batch_size=32, n_domain=0, n_ins=16):
+def build_sampler(sampler_type, cfg=None, data_source=None, batch_size=32, n_domain=0, n_ins=16) -> Sampler:
     """The sampler of that name over `data_source`."""
     if sampler_type not in SAMPLERS:
         raise ValueError(f"sampler {sampler_type!r} is not one of {sorted(SAMPLERS)}")

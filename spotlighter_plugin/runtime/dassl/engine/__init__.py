@@ -14,7 +14,7 @@ __all__ = [
 TRAINER_REGISTRY = Registry("TRAINER")
 
 
-def build_trainer(cfg):
+def build_trainer(cfg) -> TrainerBase:
     """The trainer TRAINER.NAME, with data and model built."""
     check_availability(cfg.TRAINER.NAME, TRAINER_REGISTRY.registered_names())
     if cfg.VERBOSE:

@@ -12,10 +12,10 @@ class AverageMeter:
         self.ema = ema
         self.reset()
 
-    def reset(self):
+    def reset(self) -> None:
         self.val = self.avg = self.sum = self.count = 0
 
-    def update(self, val, n=1):
+    def update(self, val, n=1) -> None:
         self.val = val.item() if isinstance(val, torch.Tensor) else val
         self.sum += self.val * n
         self.count += n
@@ -29,7 +29,7 @@ class MetricMeter:
         self.meters = defaultdict(AverageMeter)
         self.delimiter = delimiter
 
-    def update(self, input_dict):
+    def update(self, input_dict) -> None:
         for name, value in (input_dict or {}).items():
             self.meters[name].update(value)
 

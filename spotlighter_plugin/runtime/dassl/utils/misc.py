@@ -8,7 +8,7 @@ import PIL
 import torch
 
 
-def set_random_seed(seed):
+def set_random_seed(seed) -> None:
     """Seed python, numpy and torch (all devices)."""
     random.seed(seed)
     np.random.seed(seed)
@@ -16,11 +16,11 @@ def set_random_seed(seed):
     torch.cuda.manual_seed_all(seed)
 
 
-def tolist_if_not(x):
+def tolist_if_not(x) -> list:
     return x if isinstance(x, list) else [x]
 
 
-def collect_env_info():
+def collect_env_info() -> str:
     """Versions and devices in a few lines, for the top of a log."""
     if torch.cuda.is_available():
         device = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))

@@ -1,6 +1,8 @@
 """Name -> class tables: trainers, data sets, evaluators, backbones."""
 
+from collections.abc import Callable
 from difflib import get_close_matches
+from typing import Any
 
 
 class Registry:
@@ -10,7 +12,7 @@ class Registry:
         self._name = name
         self._entries = {}
 
-    def register(self, obj=None, force=False):
+    def register(self, obj=None, force=False) -> Callable | None:
         """Register `obj`, or return a decorator that does. Raises KeyError for a name already taken, unless `force`."""
         if obj is None:
             return lambda decorated: self.register(decorated, force) or decorated
@@ -20,16 +22,16 @@ class Registry:
         self._entries[name] = obj
         return None
 
-    def get(self, name):
+    def get(self, name) -> Any:
         if name not in self._entries:
             raise KeyError(f"{name} is not in the {self._name} registry, which holds {self.registered_names()}")
         return self._entries[name]
 
-    def registered_names(self):
+    def registered_names(self) -> list[str]:
         return list(self._entries)
 
 
-def check_availability(requested, available):
+def check_availability(requested, available) -> None:
     """Raise a ValueError that lists `available` and the closest match unless `requested` is one of them."""
     if requested in available:
         return

@@ -6,7 +6,7 @@ __all__ = ["DATASET_REGISTRY", "DatasetBase", "Datum", "build_dataset"]
 DATASET_REGISTRY = Registry("DATASET")
 
 
-def build_dataset(cfg):
+def build_dataset(cfg) -> DatasetBase:
     """The data set DATASET.NAME, read from DATASET.ROOT."""
     check_availability(cfg.DATASET.NAME, DATASET_REGISTRY.registered_names())
     if cfg.VERBOSE:

@@ -43,7 +43,7 @@ class DatasetBase:
     num_classes = property(attrgetter("_num_classes"))
 
     @staticmethod
-    def get_num_classes(data_source):
+    def get_num_classes(data_source) -> int:
         """Number of classes; every label below it must occur."""
         labels = {item.label for item in data_source or ()}
         if not labels:
@@ -54,12 +54,12 @@ class DatasetBase:
         return len(labels)
 
     @staticmethod
-    def get_lab2cname(data_source):
+    def get_lab2cname(data_source) -> tuple[dict[int, str], list[str]]:
         """{label: class name} and the names in label order."""
         names = {item.label: item.classname for item in data_source}
         return names, [names[label] for label in sorted(names)]
 
-    def check_input_domains(self, source_domains, target_domains):
+    def check_input_domains(self, source_domains, target_domains) -> None:
         """Raise ValueError for an empty list or a domain that the data set does not have."""
         for flag, chosen in (("--source-domains", source_domains), ("--target-domains", target_domains)):
             if not chosen:
@@ -67,7 +67,7 @@ class DatasetBase:
             if unknown := [name for name in chosen if name not in self.domains]:
                 raise ValueError(f"{flag} {unknown} is not among {list(self.domains)}")
 
-    def generate_fewshot_dataset(self, *data_sources, num_shots=-1, repeat=False):
+    def generate_fewshot_dataset(self, *data_sources, num_shots=-1, repeat=False) -> list | tuple:
         """At most `num_shots` images of each class, drawn by python's generator (all below 1).
 
         With `repeat` a class that has fewer is filled up by drawing again. One source in, one list out.
@@ -87,10 +87,10 @@ class DatasetBase:
                 drawn += random.choices(items, k=num_shots) if repeat else items
         return drawn
 
-    def split_dataset_by_label(self, data_source):
+    def split_dataset_by_label(self, data_source) -> dict[int, list[Datum]]:
         return _grouped(data_source, attrgetter("label"))
 
-    def split_dataset_by_domain(self, data_source):
+    def split_dataset_by_domain(self, data_source) -> dict[int, list[Datum]]:
         return _grouped(data_source, attrgetter("domain"))
 
 

@@ -102,7 +102,7 @@ ON_TENSOR = {
 AT_TEST = ("normalize", "instance_norm")
 
 
-def build_transform(cfg, is_train=True, choices=None):
+def build_transform(cfg, is_train=True, choices=None) -> T.Compose | None:
     """The transform that INPUT.TRANSFORMS (or `choices`) names; None with INPUT.NO_TRANSFORM.
 
     Training: resize to INPUT.SIZE unless a crop is asked for, then the chosen steps in their fixed order.
