@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 from dassl.data.datasets import Datum
 
+from spotlighter_plugin.files import is_picture, regular, sweep_leftovers, write_aside
+
 
 class Row(NamedTuple):
     """One image as the files list it; has the attributes of Dassl's `Datum` but does not touch the disk."""
@@ -25,32 +27,25 @@ class Row(NamedTuple):
 
 def write_json(content, path):
     """Write `content` as JSON so that `path` is whole or absent, also when several processes write it."""
-    aside = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(aside, "w") as file:
-            json.dump(content, file)
-        os.replace(aside, path)
-    except BaseException:
-        if os.path.exists(aside):
-            os.unlink(aside)
-        raise
+    write_aside(path, lambda file: file.write(json.dumps(content).encode()), "--root")
 
 
 def write_cache(content, path):
     """Like `write_json`, for files that only save time: in a folder that cannot be written, say so and go on."""
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
+        sweep_leftovers(os.path.dirname(path), 3600)  # other machines may write there
         write_json(content, path)
     except OSError as error:
-        print(f"Not saved: {path} ({error.strerror}); it is made again in the next run")
+        print(f"Not saved: {path} ({error.strerror or error}); it is made again in the next run")
 
 
 def read_json(path):
-    """The content of a JSON file; raises ValueError with one line if it is damaged."""
+    """The content of a JSON file, which is UTF-8; raises ValueError with one line if it is damaged."""
     try:
-        with open(path) as file:
+        with open(regular(path), encoding="utf-8-sig") as file:
             return json.load(file)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it or fetch it again") from None
 
 
@@ -63,20 +58,51 @@ def pack(items, folder, domain=False):
 
 
 def unpack(rows, folder, path):
-    """JSON rows as `Row`s with whole paths. Raises ValueError naming `path`, their file, if they are not."""
-    try:
-        return [Row(os.path.join(folder, row[0]), int(row[1]), row[2], *row[3:]) for row in rows]
-    except (TypeError, ValueError, IndexError, KeyError):
-        raise ValueError(f"{path} does not hold [path, label, class name] rows: delete it or fetch it again") from None
+    """JSON rows as `Row`s with whole paths. Raises ValueError naming `path`, their file, and the first that is none."""
+    if not isinstance(rows, list):
+        raise ValueError(f"{path} holds a {type(rows).__name__} where rows [path, label, class name] belong")
+    return [checked_row(row, path, folder) for row in rows]
+
+
+def checked_row(row, path, folder=""):
+    """[path, label, class name(, domain)] as a `Row`. Raises ValueError naming the row and its file, `path`."""
+    impath, label, name, domain = (*row, 0)[:4] if isinstance(row, (list, tuple)) and len(row) in (3, 4) else [None] * 4
+    if not isinstance(impath, str) or not impath or "\0" in impath:
+        wrong = "is no [path, label, class name]"
+    elif type(label) is not int or not 0 <= label < 2**31:
+        wrong = f"has the label {label!r}, must be a whole number from 0"
+    elif not isinstance(name, str) or not name.strip():
+        wrong = f"has the class name {name!r}, must be words"
+    elif type(domain) is not int:
+        wrong = f"has the domain {domain!r}, must be a whole number"
+    else:
+        whole = os.path.join(folder, impath)
+        if "\\" in impath and not os.path.exists(whole):  # written on Windows
+            whole = os.path.join(folder, impath.replace("\\", "/"))
+        return Row(whole, label, name, domain)
+    raise ValueError(f"{path}: {str(row)[:100]} {wrong}")
+
+
+def one_name_a_label(rows, path):
+    """`rows`; raises ValueError, naming `path`, their file, if one label stands for two class names."""
+    names = {}
+    for row in rows:
+        if names.setdefault(row.label, row.classname) != row.classname:
+            raise ValueError(f"{path}: label {row.label} is both {names[row.label]!r} and {row.classname!r}")
+    return rows
 
 
 def read_split(path, image_dir):
-    """The (train, val, test) `Row` lists of a `split_zhou_*.json` file."""
+    """The (train, val, test) `Row` lists of a `split_zhou_*.json` file; rows that name no picture are left out."""
     split = read_json(path)
-    try:
-        return tuple(unpack(split[part], image_dir, path) for part in ("train", "val", "test"))
-    except (KeyError, TypeError):
-        raise ValueError(f"{path} lacks one of the lists train, val, test: delete it or fetch it again") from None
+    if not isinstance(split, dict) or not {"train", "val", "test"} <= split.keys():
+        raise ValueError(f"{path} lacks one of the lists train, val, test: delete it or fetch it again")
+    parts = [unpack(split[part], image_dir, path) for part in ("train", "val", "test")]
+    one_name_a_label([row for rows in parts for row in rows], path)
+    kept = tuple([row for row in rows if is_picture(row.impath)] for rows in parts)
+    if left := sum(map(len, parts)) - sum(map(len, kept)):
+        print(f"Left out {left} rows of {path} that name no picture")
+    return kept
 
 
 def datums(items, what="the split"):
@@ -97,8 +123,8 @@ def datums(items, what="the split"):
     ]
 
 
-class _DatumUnpickler(pickle.Unpickler):
-    """Builds `Datum`s, lists, dicts, strings and numbers, and nothing else: an unpickler that cannot run code."""
+class _DatumsAlone:
+    """Lets an unpickler build `Datum`s, lists, dicts, strings and numbers, and nothing else: it cannot run code."""
 
     class _Item:
         pass
@@ -109,6 +135,14 @@ class _DatumUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
+class _Careful(_DatumsAlone, pickle._Unpickler):
+    """Python's own keeps its memo in a dictionary, so that a small file cannot ask for terabytes."""
+
+
+class _Fast(_DatumsAlone, pickle.Unpickler):
+    """Ten times as fast, for large files."""
+
+
 def read_pickled(path, folder):
     """CoOp's pickled cache as {part: list of `Row`}; only `Datum`s may be inside.
 
@@ -116,26 +150,23 @@ def read_pickled(path, folder):
     lie in `folder`, so that caches survive a move of the data. Raises ValueError with one line for any other pickle.
     """
     try:
-        with open(path, "rb") as file:
-            content = _DatumUnpickler(file).load()
+        with open(regular(path), "rb") as file:
+            content = (_Careful if os.path.getsize(path) < 2**25 else _Fast)(file).load()
         name = os.path.basename(folder)
         parts = {}
         for part, items in content.items():
             states = [vars(item) for item in items]
             first = states[0]["_impath"] if states else ""
             moved = bool(first) and not os.path.isfile(first)
-            parts[part] = [
-                Row(
-                    _moved(state["_impath"], name, folder) if moved else state["_impath"],
-                    state["_label"],
-                    state["_classname"],
-                    state["_domain"],
-                )
-                for state in states
-            ]
-        return parts
-    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, KeyError, ValueError, IndexError) as error:
-        raise ValueError(f"{path} is not a cache of image lists ({error}): delete it") from None
+            rows = [(state["_impath"], state["_label"], state["_classname"], state["_domain"]) for state in states]
+            rows = [(_moved(row[0], name, folder), *row[1:]) for row in rows] if moved else rows
+            parts[part] = [checked_row(row, path) for row in rows]
+    except OSError:
+        raise
+    except Exception as error:  # whatever a damaged pickle makes its reader do
+        raise ValueError(f"{path} is not a cache of image lists ({error or type(error).__name__}): delete it") from None
+    one_name_a_label([row for rows in parts.values() for row in rows], path)
+    return parts
 
 
 def _moved(impath, name, folder):
@@ -168,11 +199,11 @@ def few_shots(dataset_base, train, val, num_shots, seed, cache_dir, rng=None):
             path = pickled if os.path.exists(pickled) else own
             print(f"Loading preprocessed few-shot data from {path}")
             parts = read_pickled(path, folder) if path == pickled else read_json(path)
-            try:
-                train = _rows(parts["train"], folder, path)
-                val = None if val is None else _rows(parts["val"], folder, path)
-            except (KeyError, TypeError):
-                raise ValueError(f"{path} lacks the list train or val: delete it") from None
+            if not isinstance(parts, dict) or not {"train"} | (set() if val is None else {"val"}) <= parts.keys():
+                raise ValueError(f"{path} lacks the list train or val: delete it")
+            train = _rows(parts["train"], folder, path)
+            val = None if val is None else _rows(parts["val"], folder, path)
+            one_name_a_label([*train, *(val or ())], path)
         else:
             rng = rng or random.Random(seed if seed >= 0 else None)
             print(f"Creating a {num_shots}-shot dataset")

@@ -9,6 +9,8 @@ import os
 import re
 from collections import defaultdict
 
+from spotlighter_plugin.files import is_picture, regular
+
 from .common import Row, pack, read_json, read_pickled, unpack, write_cache
 
 
@@ -21,14 +23,23 @@ def need(path):
 
 def lines(*path):
     """The stripped lines of a text file."""
-    with open(need(os.path.join(*path))) as file:
+    with open(regular(need(os.path.join(*path))), encoding="utf-8-sig") as file:
         return [line.strip() for line in file if line.strip()]
 
 
-def listed(folder, sort=False):
-    """Names in a folder without hidden ones; unsorted ones in the file system's order, which CoOp's draws depend on."""
-    names = [name for name in os.listdir(need(folder)) if not name.startswith(".")]
-    return sorted(names) if sort else names
+def class_folders(image_dir):
+    """Names of the folders in a folder, sorted; notes beside them are no classes."""
+    return sorted(entry.name for entry in _entries(image_dir) if entry.is_dir())
+
+
+def pictures(*folder):
+    """Paths of the pictures in a folder, in the file system's order; Thumbs.db and notes among them are none."""
+    return [entry.path for entry in _entries(os.path.join(*folder)) if is_picture(entry.name) and entry.is_file()]
+
+
+def _entries(folder):
+    with os.scandir(need(folder)) as entries:
+        return [entry for entry in entries if not entry.name.startswith(".")]
 
 
 def matlab(*path):
@@ -77,11 +88,8 @@ def folders(ignored=(), renamed=None):
     """A reader of one folder a class; `ignored` folders are left out, `renamed` maps folders to class names."""
 
     def read(folder, image_dir, rng):
-        names = [name for name in listed(image_dir, sort=True) if name not in ignored]
-        groups = []
-        for label, name in enumerate(names):
-            impaths = [os.path.join(image_dir, name, image) for image in listed(os.path.join(image_dir, name))]
-            groups.append((label, (renamed or {}).get(name, name), impaths))
+        names = [name for name in class_folders(image_dir) if name not in ignored]
+        groups = [(i, (renamed or {}).get(name, name), pictures(image_dir, name)) for i, name in enumerate(names)]
         return in_three(groups, rng)
 
     return read
@@ -167,9 +175,9 @@ def imagenet_names(folder):
 def one_folder_a_class(image_dir, names, directories):
     """Rows of the images in `directories`, labelled in that order; `names` maps each to its class name."""
     return [
-        Row(os.path.join(image_dir, directory, image), label, names[directory])
+        Row(impath, label, names[directory])
         for label, directory in enumerate(directories)
-        for image in listed(os.path.join(image_dir, directory))
+        for impath in pictures(image_dir, directory)
     ]
 
 
@@ -181,21 +189,21 @@ def imagenet(folder, image_dir, rng):
         return parts["train"], None, parts["test"]
     if os.path.exists(own):
         parts = read_json(own)
+        if not isinstance(parts, dict) or not {"train", "test"} <= parts.keys():
+            raise ValueError(f"{own} lacks the list train or test: delete it")
         return unpack(parts["train"], folder, own), None, unpack(parts["test"], folder, own)
     names = imagenet_names(folder)
     splits = []
     for part in ("train", "val"):
         directory = os.path.join(image_dir, part)
-        found = [name for name in listed(directory, sort=True) if os.path.isdir(os.path.join(directory, name))]
-        splits.append(one_folder_a_class(directory, names, found))
+        splits.append(one_folder_a_class(directory, names, class_folders(directory)))
     write_cache({part: pack(rows, folder) for part, rows in zip(("train", "test"), splits, strict=True)}, own)
     return splits[0], None, splits[1]
 
 
 def imagenet_folders(folder, image_dir):
     """A test set whose folders are WordNet's, some of ImageNet's; README.txt lies beside them."""
-    directories = [name for name in listed(image_dir, sort=True) if name != "README.txt"]
-    return one_folder_a_class(image_dir, imagenet_names(folder), directories)
+    return one_folder_a_class(image_dir, imagenet_names(folder), class_folders(image_dir))
 
 
 def imagenet_numbers(folder, image_dir):

@@ -33,6 +33,7 @@ def mend_dassl():
     import_dassl_without_unused()
     load_checkpoints_safely()
     resume_exactly()
+    report_numbers_alone()
     skip_unreadable_images()
     name_classes_without_images()
 
@@ -231,7 +232,7 @@ def load_checkpoints_safely():
 
     dassl_utils = importlib.import_module("dassl.utils")
     theirs = importlib.import_module("dassl.utils.torchtools")
-    for name in ("load_checkpoint", "save_checkpoint", "resume_from_checkpoint"):
+    for name in ("load_checkpoint", "save_checkpoint", "resume_from_checkpoint", "load_pretrained_weights"):
         for module in (theirs, dassl_utils, sys.modules.get("dassl.engine.trainer")):
             if hasattr(module, name):
                 setattr(module, name, getattr(ours, name))
@@ -241,7 +242,8 @@ def load_checkpoints_safely():
 def resume_exactly():
     """Dassl's checkpoints leave out the random-number state, so that a resumed run differs from an uninterrupted
     one, and hold the successor of a warm-up schedule as an object, which becomes plain values. Its load_model cannot
-    print a checkpoint that was saved without a validation result, which all but model-best are."""
+    print a checkpoint that was saved without a validation result, which all but model-best are. It saves the last
+    epoch alone, unless told otherwise, so that a killed run loses everything."""
     import torch
 
     from .runtime.dassl.engine import checkpoints
@@ -249,6 +251,7 @@ def resume_exactly():
     base = importlib.import_module("dassl.engine.trainer").TrainerBase
     for name in ("save_model", "load_model", "resume_model_if_exist"):
         setattr(base, name, getattr(checkpoints, name))
+    importlib.import_module("dassl.engine.trainer").SimpleTrainer.after_epoch = checkpoints.after_epoch
     warmup = importlib.import_module("dassl.optim.lr_scheduler")._BaseWarmupScheduler
     parent = torch.optim.lr_scheduler.LRScheduler
 
@@ -260,6 +263,21 @@ def resume_exactly():
         parent.load_state_dict(self, {key: value for key, value in state.items() if key != "successor"})
 
     warmup.state_dict, warmup.load_state_dict = state_dict, load_state_dict
+
+
+@once
+def report_numbers_alone():
+    """Dassl takes the first class for the answer where logits are not a number, and reports an accuracy."""
+    from .runtime.dassl.evaluation import require_numbers
+
+    theirs = importlib.import_module("dassl.evaluation.evaluator").Classification
+    process = theirs.process
+
+    def checked(self, mo, gt):
+        require_numbers(mo, "the evaluation")
+        process(self, mo, gt)
+
+    theirs.process = checked
 
 
 @once

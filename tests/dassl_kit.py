@@ -18,28 +18,33 @@ PER_CLASS = 8
 
 
 def draw_squares(root):
-    """Write PER_CLASS noisy 16-pixel squares a class under `root`/squares."""
+    """Write PER_CLASS noisy 16-pixel squares a class under `root`/squares, half as many under `root`/validation."""
     noise = np.random.default_rng(0)
-    for label, name in enumerate(CLASSES):
-        for number in range(PER_CLASS):
-            pixels = noise.integers(0, 120, (16, 16, 3), dtype=np.uint8)
-            pixels[..., label] += 80
-            path = Path(root, "squares", name, f"{number}.png")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(path)
+    for folder, label, number in [
+        *(("squares", label, number) for label in range(len(CLASSES)) for number in range(PER_CLASS)),
+        *(("validation", label, number) for label in range(len(CLASSES)) for number in range(PER_CLASS // 2)),
+    ]:
+        pixels = noise.integers(0, 120, (16, 16, 3), dtype=np.uint8)
+        pixels[..., label] += 80
+        path = Path(root, folder, CLASSES[label], f"{number}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
 
 
 @DATASET_REGISTRY.register()
 class Squares(DatasetBase):
     def __init__(self, cfg):
-        items = [
-            Datum(str(path), label, classname=name)
-            for label, name in enumerate(CLASSES)
-            for path in sorted(Path(cfg.DATASET.ROOT, "squares", name).glob("*.png"))
-        ]
+        items, validation = (
+            [
+                Datum(str(path), label, classname=name)
+                for label, name in enumerate(CLASSES)
+                for path in sorted(Path(cfg.DATASET.ROOT, folder, name).glob("*.png"))
+            ]
+            for folder in ("squares", "validation")
+        )
         train = self.generate_fewshot_dataset(items, num_shots=cfg.DATASET.NUM_SHOTS)
         unlabelled = items if cfg.DATASET.ALL_AS_UNLABELED else None
-        super().__init__(train_x=train, train_u=unlabelled, val=items[::2], test=items)
+        super().__init__(train_x=train, train_u=unlabelled, val=validation, test=items)
 
 
 @TRAINER_REGISTRY.register()

@@ -279,7 +279,7 @@ def test_a_data_folder_that_cannot_be_written_still_serves(textures, monkeypatch
 
 
 def test_an_interrupted_write_leaves_nothing_behind(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.common.json, "dump", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(datasets.common.json, "dumps", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         datasets.common.write_json({}, str(tmp_path / "cache.json"))
     assert not list(tmp_path.iterdir())

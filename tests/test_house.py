@@ -17,7 +17,7 @@ PACKAGE = ROOT / "spotlighter_plugin"
 # a room may import itself and what stands after it
 ROOMS = (
     *("__main__", "cli", "workbench", "forks", "trainer", "wrapper", "pretrained", "hosts", "towers", "method"),
-    *("config", "compat", "errors", "runtime"),
+    *("config", "compat", "runtime", "errors", "files"),
 )
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

@@ -190,7 +190,7 @@ def test_a_folder_with_a_run_of_other_settings_is_not_continued(mistake, root):
         (["DATALOADER.TRAIN_X.BATCH_SIZE", "0"], "BATCH_SIZE is 0"),
         (["--trainer", "Liner"], "did you mean Linear?"),
         (["--config-file", "nowhere.yaml"], "nowhere.yaml: no such file"),
-        (["--resume", "nowhere"], "no checkpoint of linear"),
+        (["--resume", "nowhere"], "--resume nowhere: no such folder"),
         (["--eval-only", "--model-dir", "nowhere", "--load-epoch", "3"], "nowhere"),
         (["--seed", "one"], "invalid int value"),
         (["OPTIM.LR", "0.1", "--seed", "2"], "flags come before"),
@@ -210,7 +210,7 @@ def test_a_broken_config_file_is_one_line(mistake, root):
 def test_a_checkpoint_of_another_width_is_one_line(mistake, root):
     train_squares(root, root / "trained")
     evaluate = ("--eval-only", "--model-dir", str(root / "trained"), "--load-epoch", "4")
-    assert "does not fit the model" in mistake(*evaluate, "INPUT.SIZE", "(8, 8)")
+    assert "2.weight of shape (3, 768), the model wants (3, 192)" in mistake(*evaluate, "INPUT.SIZE", "(8, 8)")
 
 
 def test_train_py_itself_reports_an_unknown_trainer_without_a_traceback():

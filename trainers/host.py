@@ -9,6 +9,7 @@ from dassl.engine import TrainerX
 from dassl.optim import build_lr_scheduler, build_optimizer
 from dassl.utils import load_checkpoint, load_pretrained_weights
 
+from spotlighter_plugin.runtime.dassl.utils.checkpoint import load_weights
 from spotlighter_plugin.towers.clip import (
     PRECISIONS,
     apply_precision,
@@ -27,25 +28,6 @@ def load_backbone(cfg, precision="fp32", name=None):
     if size != (needed, needed):
         raise ValueError(f'INPUT.SIZE {size} does not suit backbone {name}: set INPUT.SIZE "({needed}, {needed})"')
     return clip_model
-
-
-def load_weights(module, state_dict, source):
-    """Load what a checkpoint has for `module`, apart from token buffers, which belong to its own class names.
-
-    Raises ValueError (one line) if a tensor has another shape, or if nothing in it belongs to a trained parameter.
-    """
-    given = {k: v for k, v in state_dict.items() if not k.split(".")[-1].startswith(("token_prefix", "token_suffix"))}
-    own = module.state_dict()
-    for key, value in given.items():
-        if key in own and own[key].shape != value.shape:
-            raise ValueError(
-                f"{source} holds {key} of shape {tuple(value.shape)}, the model wants {tuple(own[key].shape)}: "
-                "give the options and the backbone that it was trained with"
-            )
-    trained = {key for key, parameter in module.named_parameters() if parameter.requires_grad}
-    if trained and not trained & given.keys():
-        raise ValueError(f"{source} holds none of the trained parameters ({min(trained)}, …): it is another model's")
-    module.load_state_dict(given, strict=False)
 
 
 class HostTrainer(TrainerX):

@@ -13,12 +13,13 @@ from torch import nn
 from yacs.config import CfgNode
 
 from spotlighter_plugin.hosts.promptkd import classes_of_split, distillation_loss
+from spotlighter_plugin.runtime.dassl.utils.checkpoint import load_weights
 from spotlighter_plugin.towers.clip import require_vision_transformer
 from spotlighter_plugin.towers.deep_prompts import checked_depth, own_vision_prompts
 from spotlighter_plugin.towers.prompts import CLIPClassifier
 
 from . import promptsrc
-from .host import HostTrainer, load_backbone, load_weights
+from .host import HostTrainer, load_backbone
 
 MODALS = ("base2novel", "cross")
 

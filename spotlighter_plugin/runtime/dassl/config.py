@@ -89,7 +89,7 @@ DEFAULTS = {
         "WARMUP_RECOUNT": True,
     },
     "TRAIN": {
-        "CHECKPOINT_FREQ": 0,  # epochs; below 1: only the last
+        "CHECKPOINT_FREQ": 0,  # epochs whose checkpoints stay; below 1: the newest two
         "PRINT_FREQ": 10,  # batches
         "COUNT_ITER": "train_x",  # or train_u, smaller_one
     },

@@ -6,6 +6,8 @@ from collections import OrderedDict
 import numpy as np
 import torch
 
+from spotlighter_plugin.files import write_aside
+
 from .utils import Registry, check_availability
 
 EVALUATOR_REGISTRY = Registry("EVALUATOR")
@@ -48,15 +50,16 @@ class Classification(EvaluatorBase):
         self._y_true, self._y_pred = [], []
 
     def process(self, mo, gt):
-        """mo: logits (B, C); gt: labels (B,)."""
-        self._y_true += gt.tolist()
-        self._y_pred += mo.argmax(dim=1).tolist()
+        """mo: logits (B, C); gt: labels (B,). Raises FloatingPointError for logits that name no class."""
+        require_numbers(mo, "the evaluation")
+        self._y_true.append(gt.cpu().numpy())
+        self._y_pred.append(mo.argmax(dim=1).cpu().numpy())
 
     def evaluate(self):
         """Print the result block and return {accuracy, error_rate, macro_f1[, perclass_accuracy]}."""
-        true, pred = np.array(self._y_true, dtype=int), np.array(self._y_pred, dtype=int)
-        if not true.size:
+        if not self._y_true:
             raise ValueError("nothing to evaluate: the test set is empty")
+        true, pred = np.concatenate(self._y_true).astype(int), np.concatenate(self._y_pred).astype(int)
         correct = int((true == pred).sum())
         accuracy = 100.0 * correct / true.size
         results = OrderedDict(accuracy=accuracy, error_rate=100.0 - accuracy, macro_f1=100.0 * macro_f1(true, pred))
@@ -72,7 +75,7 @@ class Classification(EvaluatorBase):
             results["perclass_accuracy"] = self._per_class(true, pred)
         if self.cfg.TEST.COMPUTE_CMAT:
             path = os.path.join(self.cfg.OUTPUT_DIR, "cmat.pt")
-            torch.save(torch.from_numpy(confusion(true, pred)), path)
+            write_aside(path, lambda file: torch.save(torch.from_numpy(confusion(true, pred)), file))
             print(f"Confusion matrix is saved to {path}")
         return results
 
@@ -89,6 +92,12 @@ class Classification(EvaluatorBase):
         mean = float(np.mean(accuracies))
         print(f"* average: {mean:.1f}%")
         return mean
+
+
+def require_numbers(logits, what):
+    """Raise FloatingPointError, one line, unless every row of (B, C) has a largest value; -inf rules a class out."""
+    if not torch.isfinite(logits.amax(dim=1)).all():
+        raise FloatingPointError(f"the model's logits hold nan or inf: {what} ends without a result")
 
 
 def macro_f1(true, pred):

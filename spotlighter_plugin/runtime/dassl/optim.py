@@ -44,7 +44,7 @@ def build_optimizer(model, optim_cfg, param_groups=None):
 
 def _staged_groups(model, optim_cfg):
     if not isinstance(model, nn.Module):
-        raise TypeError("OPTIM.STAGED_LR needs a module, not a list of parameters")
+        raise ValueError("OPTIM.STAGED_LR needs a module, not a list of parameters")
     new = [optim_cfg.NEW_LAYERS] if isinstance(optim_cfg.NEW_LAYERS, str) else optim_cfg.NEW_LAYERS
     base_params, new_params = [], []
     for name, child in model.named_children():
@@ -110,10 +110,10 @@ def _main_schedule(optimizer: torch.optim.Optimizer, c):
     if c.LR_SCHEDULER == "single_step":
         size = c.STEPSIZE[-1] if several else c.STEPSIZE
         if not isinstance(size, int):
-            raise TypeError(f"OPTIM.STEPSIZE must be an integer for single_step, not {size!r}")
+            raise ValueError(f"OPTIM.STEPSIZE must be an integer for single_step, not {size!r}")
         return lr_scheduler.StepLR(optimizer, size if size > 0 else c.MAX_EPOCH, gamma=c.GAMMA)
     if c.LR_SCHEDULER == "multi_step":
         if not several:
-            raise TypeError(f"OPTIM.STEPSIZE must be a list for multi_step, not {c.STEPSIZE!r}")
+            raise ValueError(f"OPTIM.STEPSIZE must be a list for multi_step, not {c.STEPSIZE!r}")
         return lr_scheduler.MultiStepLR(optimizer, c.STEPSIZE, gamma=c.GAMMA)
     raise ValueError(f"OPTIM.LR_SCHEDULER {c.LR_SCHEDULER!r} is not one of ['cosine', 'multi_step', 'single_step']")

@@ -5,11 +5,11 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from queue import Queue
 
+from ...files import alone_in, lock_of
 from .plan import HERE, train_py
 
 
@@ -30,7 +30,7 @@ def _execute(run, call):
     """Make a run unless it is complete; returns its failure as one line, "" if there is none."""
     run.folder.mkdir(parents=True, exist_ok=True)
     errors = run.folder / "stderr.txt"
-    with _alone_in(run.folder) as lock:
+    with alone_in(run.folder, wait=True) as lock:
         if run.complete:
             return ""
         with open(errors, "w") as file:
@@ -45,7 +45,7 @@ def _call_train_py(home, environment, run, errors, lock):
     return subprocess.run(
         [sys.executable, *train_py(home), *run.arguments],
         cwd=home,
-        env=os.environ | (environment or {}),
+        env=os.environ | (environment or {}) | (lock_of(run.folder) if lock else {}),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=errors,
@@ -58,19 +58,6 @@ def _last_line(path):
     lines = [line.rsplit("\r", 1)[-1].strip() for line in path.read_text(errors="replace").splitlines()]
     lines = [line for line in lines if line and "it/s]" not in line and "s/it]" not in line]
     return lines[-1].removeprefix("error: ") if lines else ""
-
-
-@contextmanager
-def _alone_in(folder):
-    """Hold the folder's lock. train.py inherits it and keeps it, should this process be killed."""
-    try:
-        import fcntl
-    except ImportError:  # not a POSIX system: the same runs must not be started twice at once
-        yield ()
-        return
-    with open(folder / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield (lock.fileno(),)
 
 
 # -- launchers: each takes (chains, home, jobs), yields (a chain's index, its failure) as chains end, None in between --

@@ -13,11 +13,11 @@ import torch
 from clip.model import VisionTransformer
 from dassl.data.transforms import build_transform
 from dassl.engine import TRAINER_REGISTRY
-from dassl.utils import read_image
 from rich.progress import track
 from torch import Tensor, nn
 
 from ...config import from_cfg
+from ...files import read_picture
 from ...towers.clip import load_clip
 from ...trainer import SpotlighterTrainerMixin
 from ...wrapper import SpotlighterWrapper
@@ -59,7 +59,7 @@ class HiddenStates:
         starts = range(0, len(new), self.batch_size)
         for start in track(starts, "frozen blocks", disable=not new, transient=True):
             part = new[start : start + self.batch_size]
-            images = torch.stack([self.transform(read_image(path)) for path in part]).to(self.device)  # (b, 3, h, w)
+            images = torch.stack([self.transform(read_picture(path)) for path in part]).to(self.device)  # (b, 3, h, w)
             self.rows |= {path: (len(self.states), i) for i, path in enumerate(part)}
             for kept, states in zip((self.states, self.readouts.states), self._enter(images), strict=True):
                 kept.append(states.permute(1, 0, 2).half().cpu())

@@ -12,6 +12,7 @@ import yaml
 from yacs.config import CfgNode
 
 from ...compat import ROOT
+from ...files import regular
 
 DEFAULT_SEED = 1
 DEFAULT_BACKBONE = "ViT-B/16"
@@ -20,6 +21,20 @@ CLIP_INPUT = {
     "PIXEL_MEAN": [0.48145466, 0.4578275, 0.40821073],
     "PIXEL_STD": [0.26862954, 0.26130258, 0.27577711],
     "TRANSFORMS": ["random_resized_crop", "random_flip", "normalize"],
+}
+LARGEST_FLOAT = 3.4028234e38  # float32's
+RANGES = {  # smallest and largest value
+    "SEED": (-(2**31), 2**32 - 1),  # NumPy's generator takes no larger one
+    "DATALOADER.TRAIN_X.BATCH_SIZE": (1, 2**31),
+    "DATALOADER.TRAIN_U.BATCH_SIZE": (1, 2**31),
+    "DATALOADER.TEST.BATCH_SIZE": (1, 2**31),
+    "DATALOADER.NUM_WORKERS": (0, 1024),
+    "DATALOADER.K_TRANSFORMS": (1, 1024),
+    "DATASET.NUM_SHOTS": (-(2**31), 2**31),
+    "OPTIM.MAX_EPOCH": (1, 10**7),
+    "OPTIM.WARMUP_EPOCH": (-(2**31), 10**7),
+    "OPTIM.LR": (0, LARGEST_FLOAT),
+    "TRAIN.PRINT_FREQ": (1, 2**31),
 }
 
 
@@ -38,6 +53,7 @@ def parse(argv=None):
     p.add_argument("--output-dir", default="", help="default: output/<dataset>/<trainer>[/<classes>]/seed<seed>")
     p.add_argument("--seed", type=int, help=f"negative: not seeded (default: {DEFAULT_SEED})")
     p.add_argument("--resume", default="", metavar="DIR", help="continue the run whose output folder this is")
+    p.add_argument("--force", action="store_true", help="go on with a run although settings (not the model's) differ")
     p.add_argument("--backbone", default="", help=f"OpenAI's name, a file, tiny or micro (default: {DEFAULT_BACKBONE})")
     p.add_argument("--head", default="", help="MODEL.HEAD.NAME")
     p.add_argument("--source-domains", nargs="+", help="DATASET.SOURCE_DOMAINS")
@@ -70,6 +86,7 @@ def setup_cfg(args, modules=()):
 
     cfg = get_cfg_default()
     cfg.DATASET.SUBSAMPLE_CLASSES = "all"
+    cfg.FORCE = args.force
     cfg.MODEL.BACKBONE.NAME = DEFAULT_BACKBONE
     cfg.INPUT.update(CLIP_INPUT)
     extend_cfg(cfg)
@@ -102,9 +119,23 @@ def _merge_file(cfg, flag, path):
         there = ", ".join(sorted(p.name for p in folder.glob("*.yaml"))) or "no .yaml file"
         raise FileNotFoundError(f"{flag} {path}: no such file ({folder} has: {there})")
     try:
-        cfg.merge_from_file(str(path))
-    except (KeyError, ValueError, AssertionError, AttributeError, yaml.YAMLError) as error:
+        cfg.merge_from_other_cfg(read_settings(path))
+    except Exception as error:  # yacs raises whatever comes up when values of two kinds meet
         raise ValueError(f"{flag} {path}: {_reason(cfg, error)}") from error
+
+
+def read_settings(path) -> CfgNode:
+    """The configuration in a YAML file. Raises ValueError with one line for anything else; nothing in it is run."""
+    if Path(path).suffix not in (".yaml", ".yml"):
+        raise ValueError(f"{path} is no .yaml file")
+    try:
+        content = yaml.safe_load(regular(path).read_bytes().decode("utf-8-sig")) or {}
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, not KEY: VALUE lines")
+        return CfgNode(content)
+    except Exception as error:  # yaml and yacs raise whatever comes up in a damaged file
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path} is no configuration ({reason})") from error
 
 
 def _merge_flags(cfg, args):
@@ -130,7 +161,7 @@ def _merge_options(cfg, options):
             value = f"{value}."  # yacs tells 1 from 1.0
         try:
             cfg.merge_from_list([key, value])
-        except (KeyError, ValueError, AssertionError, AttributeError) as error:
+        except Exception as error:  # yacs raises whatever comes up when values of two kinds meet
             raise ValueError(f"{key} {value}: {_reason(cfg, error, key)}") from error
 
 
@@ -159,20 +190,33 @@ def _check(cfg):
     _known("DATASET.NAME (set by --dataset-config-file)", cfg.DATASET.NAME, _here(DATASET_REGISTRY))
     _known("TEST.SPLIT", cfg.TEST.SPLIT, ["val", "test"])
     _known("TEST.FINAL_MODEL", cfg.TEST.FINAL_MODEL, ["last_step", "best_val"])
-    leaves = flat(cfg)
-    smallest = {
-        "DATALOADER.TRAIN_X.BATCH_SIZE": 1,
-        "DATALOADER.TRAIN_U.BATCH_SIZE": 1,
-        "DATALOADER.TEST.BATCH_SIZE": 1,
-        "DATALOADER.NUM_WORKERS": 0,
-        "DATALOADER.K_TRANSFORMS": 1,
-        "OPTIM.MAX_EPOCH": 1,
-        "OPTIM.LR": 0,
-        "TRAIN.PRINT_FREQ": 1,
-    }
-    for key, least in smallest.items():
-        if leaves[key] < least:
-            raise ValueError(f"{key} is {leaves[key]}, must be at least {least}")
+    for key, value in flat(cfg).items():
+        _number(key, value)
+        least, most = RANGES.get(key, (None, None))
+        if least is not None and not least <= value <= most:
+            bound = f"at least {least}" if value < least else f"at most {most}"
+            raise ValueError(f"{key} is {value}, must be {bound}")
+    size = cfg.INPUT.SIZE
+    if len(size) != 2 or not all(type(side) is int and 1 <= side <= 10_000 for side in size):
+        raise ValueError(f"INPUT.SIZE is {tuple(size)}, must be (height, width) in pixels, 1 to 10000")
+    for key in ("PIXEL_MEAN", "PIXEL_STD"):
+        if len(cfg.INPUT[key]) != 3 or not all(type(part) in (int, float) for part in cfg.INPUT[key]):
+            raise ValueError(f"INPUT.{key} is {cfg.INPUT[key]}, must be three numbers")
+    if 0 in cfg.INPUT.PIXEL_STD:
+        raise ValueError(f"INPUT.PIXEL_STD is {cfg.INPUT.PIXEL_STD}, must be above 0")
+    if not all(isinstance(name, str) for name in cfg.INPUT.TRANSFORMS):
+        raise ValueError(f"INPUT.TRANSFORMS is {cfg.INPUT.TRANSFORMS}, must be names")
+
+
+def _number(key, value):
+    """Raise ValueError unless numbers, those in lists too, fit into what PyTorch computes with."""
+    for each in value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(each, (list, tuple)):
+            _number(key, each)
+        elif isinstance(each, float) and not abs(each) <= LARGEST_FLOAT:
+            raise ValueError(f"{key} is {value}, must be a number below {LARGEST_FLOAT:.1e}")
+        elif isinstance(each, int) and not abs(each) < 2**63:
+            raise ValueError(f"{key} is {value}, must be below 2^63")
 
 
 def _here(registry):

@@ -4,25 +4,21 @@
 mistake into one line on standard error and exit code 1.
 """
 
+import io
 import os
 import sys
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
 from yacs.config import CfgNode
 
 from ...errors import one_line
-from ...runtime.dassl.engine.checkpoints import saved_epochs
+from ...files import alone_in, sweep_leftovers, write_aside
+from ...runtime.dassl.engine.checkpoints import chooses_on_test, refuse_other_settings, saved_epochs, settings_of
 from ...runtime.dassl.utils import collect_env_info, set_random_seed, setup_logger
-from .settings import flat, import_trainers_and_datasets, parse, setup_cfg
-
-# Settings that a continued run may change without becoming another run.
-FREE_TO_CHANGE = (
-    "OUTPUT_DIR", "RESUME", "VERBOSE", "USE_CUDA", "DATASET.ROOT", "DATALOADER.NUM_WORKERS", "DATALOADER.TEST",
-    "TRAIN.CHECKPOINT_FREQ", "TRAIN.PRINT_FREQ", "TEST",
-)  # fmt: skip
+from .settings import import_trainers_and_datasets, parse, read_settings, setup_cfg
 
 
 @dataclass
@@ -38,8 +34,8 @@ def main(argv=None):
     """Run and return the exit code. SPOTLIGHTER_DEBUG=1 shows a mistake's traceback."""
     try:
         run(argv)
-    except KeyboardInterrupt:
-        print("interrupted; --resume OUTPUT_DIR continues from the last checkpoint", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"interrupted; --resume {stop or 'OUTPUT_DIR'} goes on", file=sys.stderr)
         return 130
     except Exception as error:
         line = one_line(error)
@@ -58,41 +54,33 @@ def run(argv=None, build=None):
     args = parse(argv)
     modules = import_trainers_and_datasets()
     cfg = setup_cfg(args, modules)
-    if not args.eval_only:
-        _refuse_other_settings(cfg)
-    if cfg.SEED >= 0:
-        set_random_seed(cfg.SEED)
-    with _log_to(cfg.OUTPUT_DIR):
-        _print_header(args, cfg)
-        return _train_or_test(args, cfg, build)
+    if cfg.RESUME and not os.path.isdir(cfg.RESUME):
+        raise FileNotFoundError(f"--resume {cfg.RESUME}: no such folder")
+    with _writable(cfg.OUTPUT_DIR), alone_in(cfg.OUTPUT_DIR):
+        sweep_leftovers(cfg.OUTPUT_DIR)
+        if not args.eval_only:
+            _refuse_other_settings(cfg)
+        if cfg.SEED >= 0:
+            set_random_seed(cfg.SEED)
+        with _log_to(cfg.OUTPUT_DIR) as log:
+            _print_header(args, cfg, log)
+            try:
+                return _train_or_test(args, cfg, build)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(cfg.OUTPUT_DIR) from None
 
 
 # -- the output folder -----------------------------------------------------------------------------------------
 
 
 def _refuse_other_settings(cfg):
-    """An earlier run in the folder would be continued: raise ValueError if its settings differ. Notes this run's."""
-    note = Path(cfg.OUTPUT_DIR, "config.yaml")
-    begun = any(saved_epochs(folder) for folder in Path(cfg.OUTPUT_DIR).glob("*/"))
-    if begun and note.is_file():
-        before, now = (
-            {k: v for k, v in flat(node).items() if not k.startswith(FREE_TO_CHANGE)}
-            for node in (CfgNode.load_cfg(note.read_text(encoding="utf-8")), cfg)
-        )
-        for key in sorted(before.keys() & now.keys()):
-            if _plain(before[key]) != _plain(now[key]):
-                raise ValueError(
-                    f"{cfg.OUTPUT_DIR} holds a run with {key} {before[key]}, this one has {now[key]}: "
-                    "choose another --output-dir or delete that folder"
-                )
-    with _writable(cfg.OUTPUT_DIR):
-        aside = note.with_suffix(f".{os.getpid()}.tmp")
-        aside.write_text(cfg.dump(), encoding="utf-8")
-        os.replace(aside, note)
-
-
-def _plain(value):
-    return list(value) if isinstance(value, tuple) else value
+    """Raise ValueError if an earlier run that would be gone on with has other settings. Notes this run's."""
+    before = Path(cfg.RESUME or cfg.OUTPUT_DIR)
+    if any(saved_epochs(folder) for folder in before.glob("*/")) and (before / "config.yaml").is_file():
+        settings = settings_of(read_settings(before / "config.yaml"))
+        with redirect_stdout(io.StringIO()):  # the checkpoint's own settings are compared, and told, when it is loaded
+            refuse_other_settings(before, settings, settings_of(cfg), cfg.FORCE)
+    write_aside(Path(cfg.OUTPUT_DIR, "config.yaml"), lambda file: file.write(cfg.dump().encode()))
 
 
 @contextmanager
@@ -102,31 +90,38 @@ def _writable(folder):
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-        yield
     except OSError as error:
         raise PermissionError(f"--output-dir {folder}: cannot write there ({error.strerror})") from error
+    yield
 
 
 @contextmanager
 def _log_to(folder):
-    """Copy what is printed to `folder`/log.txt; gives standard output back afterwards."""
+    """Copy what is printed to `folder`/log.txt, and yield it; gives standard output back afterwards."""
     console = sys.stdout
-    with _writable(folder):
-        setup_logger(str(folder))
+    setup_logger(os.path.join(folder, "log.txt"))
     log = sys.stdout
     try:
-        yield
+        yield log
     finally:
-        log.close()  # the file; the console stays open
         sys.stdout = console
+        log.close()  # the file; the console stays open
 
 
-def _print_header(args, cfg):
-    print("***************\n** Arguments **\n***************")
-    for name, value in sorted(vars(args).items()):
-        print(f"{name}: {value}")
-    print(f"************\n** Config **\n************\n{cfg}")
-    print(f"** System info **\n{collect_env_info()}\n")
+def _print_header(args, cfg, log):
+    """Arguments, configuration and machine to the log; what matters of them on the screen."""
+    flags = "".join(f"{name}: {value}\n" for name, value in sorted(vars(args).items()))
+    log.note(f"***************\n** Arguments **\n***************\n{flags}")
+    log.note(f"************\n** Config **\n************\n{cfg}\n** System info **\n{collect_env_info()}\n\n")
+    shots, classes = cfg.DATASET.NUM_SHOTS, cfg.DATASET.SUBSAMPLE_CLASSES
+    lines = {
+        "Trainer": cfg.TRAINER.NAME,
+        "Data": f"{cfg.DATASET.NAME}, {classes} classes, {shots if shots > 0 else 'all'} images a class",
+        "Backbone": cfg.MODEL.BACKBONE.NAME,
+        "Training": f"{cfg.OPTIM.MAX_EPOCH} epochs, {cfg.OPTIM.NAME}, learning rate {cfg.OPTIM.LR:g}, seed {cfg.SEED}",
+        "Folder": f"{cfg.OUTPUT_DIR} (all settings: config.yaml, log.txt)",
+    }
+    sys.stdout.console.write("".join(f"{name + ':':<10}{value}\n" for name, value in lines.items()))
 
 
 # -- the run ---------------------------------------------------------------------------------------------------
@@ -137,7 +132,14 @@ def _train_or_test(args, cfg, build):
 
     trainer = (build or build_trainer)(cfg)
     results = _remember_results(trainer)
+    if not args.eval_only and chooses_on_test(trainer):
+        raise ValueError(
+            f"TEST.FINAL_MODEL best_val: {cfg.DATASET.NAME} has no validation images that are no test images, "
+            "so the best epoch would be chosen on what it is tested on; set TEST.FINAL_MODEL last_step"
+        )
     if args.eval_only:
+        if trainer.get_model_names() and not args.model_dir:
+            raise ValueError(f"--eval-only of {cfg.TRAINER.NAME} needs --model-dir, the output folder of its training")
         trainer.load_model(args.model_dir, epoch=args.load_epoch)
         trainer.test()
     elif not args.no_train and not trainer.get_model_names():

@@ -4,7 +4,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import transforms as T
 
-from ..utils import read_image
+from spotlighter_plugin.files import read_picture
+
 from .datasets import build_dataset
 from .samplers import build_sampler
 from .transforms import INTERPOLATION_MODES, build_transform
@@ -14,7 +15,7 @@ class DatasetWrapper(Dataset):
     """Reads and transforms the images of a list of Datum.
 
     An item is {img, label, domain, impath, index}, plus img2, img3 … for a list of transforms and img0 with
-    DATALOADER.RETURN_IMG0; or None where the image is missing or damaged.
+    DATALOADER.RETURN_IMG0; or an Unreadable where the image is missing or damaged.
     """
 
     def __init__(self, cfg, data_source, transform=None, is_train=False):
@@ -34,9 +35,9 @@ class DatasetWrapper(Dataset):
     def __getitem__(self, idx):
         datum = self.data_source[idx]
         try:
-            img0 = read_image(datum.impath)
-        except (OSError, SyntaxError, ValueError):  # what Pillow raises for missing, truncated and malformed files
-            return None
+            img0 = read_picture(datum.impath)
+        except OSError as error:
+            return Unreadable(str(error))
         item = {"label": datum.label, "domain": datum.domain, "impath": datum.impath, "index": idx}
         several = isinstance(self.transform, (list, tuple))
         for number, transform in enumerate(self.transform if several else [self.transform], start=1):
@@ -52,13 +53,17 @@ class DatasetWrapper(Dataset):
         return views if len(views) > 1 else views[0]
 
 
+class Unreadable(str):
+    """Stands for the item of an image that cannot be read, and says why."""
+
+
 def _collate_readable(items):
-    readable = [item for item in items if item is not None]
-    return (default_collate(readable) if readable else None), len(items) - len(readable)
+    readable = [item for item in items if not isinstance(item, Unreadable)]
+    return (default_collate(readable) if readable else None), [item for item in items if isinstance(item, Unreadable)]
 
 
 class ReadableLoader(DataLoader):
-    """A DataLoader that leaves out unreadable images and says how many, once.
+    """A DataLoader that leaves out unreadable images and says how many and which, once.
 
     A batch is smaller by them, and skipped when nothing is left. Raises ValueError when a whole pass finds no image.
     """
@@ -66,20 +71,18 @@ class ReadableLoader(DataLoader):
     _told = 0
 
     def __iter__(self):
-        read, lost = 0, 0
+        read, lost = 0, []
         for batch, missing in super().__iter__():
             lost += missing
             if batch is not None:
                 read += 1
                 yield batch
         if lost and not read:
-            raise ValueError(
-                f"none of the {lost} images can be read, the first is {self.dataset.data_source[0].impath}: "
-                "check DATASET.ROOT"
-            )
-        if lost > self._told:
-            print(f"Skipped {lost} of {len(self.dataset)} images that are missing or damaged")
-            self._told = lost
+            raise ValueError(f"none of the {len(lost)} images can be read: {lost[0]}; check DATASET.ROOT")
+        if len(lost) > self._told:
+            print(f"Skipped {len(lost)} of {len(self.dataset)} images that are missing or damaged")
+            print("\n".join(f"  {each}" for each in lost[:5]) + ("\n  …" if len(lost) > 5 else ""))
+            self._told = len(lost)
 
 
 def build_data_loader(

@@ -225,15 +225,7 @@ class SimpleTrainer(TrainerBase):
         self.time_start = time.time()
 
     def after_epoch(self):
-        test = self.cfg.TEST
-        if test.FINAL_MODEL == "best_val" and not test.NO_TEST:
-            result = self.test(split="val")
-            if result > self.best_result:
-                self.best_result = result
-                self.save_model(self.epoch, self.output_dir, val_result=result, model_name="model-best.pth.tar")
-        done, every = self.epoch + 1, self.cfg.TRAIN.CHECKPOINT_FREQ
-        if done == self.max_epoch or (every > 0 and done % every == 0):
-            self.save_model(self.epoch, self.output_dir)
+        checkpoints.after_epoch(self)
 
     def after_train(self):
         print("Finish training")

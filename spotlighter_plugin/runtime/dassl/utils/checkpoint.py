@@ -2,11 +2,14 @@
 
 import os
 import pickle
+import re
 import types
 import warnings
 
 import torch
 from torch import nn
+
+from spotlighter_plugin.files import refuse_deleted, regular, write_aside
 
 
 def count_num_param(model=None, params=None):
@@ -18,47 +21,74 @@ def count_num_param(model=None, params=None):
 
 
 def save_checkpoint(state, save_dir, is_best=False, remove_module_from_keys=True, model_name=""):
-    """Write `state` to `save_dir`/model.pth.tar-<epoch> (or `model_name`) and its name to `save_dir`/checkpoint."""
-    os.makedirs(save_dir, exist_ok=True)
+    """Write `state` to `save_dir`/model.pth.tar-<epoch> (or `model_name`) and its name to `save_dir`/checkpoint.
+
+    Raises: FloatingPointError (a tensor is not finite: nothing is written), OSError; one line.
+    """
     if remove_module_from_keys:
-        state = {**state, "state_dict": {k.removeprefix("module."): v for k, v in state["state_dict"].items()}}
+        state = {**state, "state_dict": _without_module(state["state_dict"])}
     name = model_name or f"model.pth.tar-{state['epoch']}"
     path = os.path.join(save_dir, name)
-    _write_aside(path, lambda file: torch.save(state, file))
-    _write_aside(os.path.join(save_dir, "checkpoint"), lambda file: file.write(f"{name}\n".encode()))
+    require_finite(state["state_dict"], f"{path} is not written")
+    refuse_deleted(path)
+    os.makedirs(save_dir, exist_ok=True)
+    write_aside(path, lambda file: torch.save(state, file))
+    write_aside(os.path.join(save_dir, "checkpoint"), lambda file: file.write(f"{name}\n".encode()))
     print(f"Checkpoint saved to {path}")
     if is_best:
-        _write_aside(os.path.join(save_dir, "model-best.pth.tar"), lambda file: torch.save(state, file))
+        write_aside(os.path.join(save_dir, "model-best.pth.tar"), lambda file: torch.save(state, file))
 
 
-def _write_aside(path, write):
-    aside = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(aside, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        if os.path.exists(aside):
-            os.remove(aside)
+def require_finite(state_dict, what):
+    """Raise FloatingPointError, naming the first tensor that holds nan or inf; `what` comes of it."""
+    for key, value in state_dict.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise FloatingPointError(f"{key} holds nan or inf: {what}")
+
+
+def _without_module(state_dict):
+    return {key.removeprefix("module."): value for key, value in state_dict.items()}
 
 
 def load_checkpoint(fpath):
-    """The dictionary in `fpath`, tensors on the CPU where there is no GPU.
+    """The checkpoint in `fpath` as a dictionary with `state_dict` and `epoch`, on the CPU where there is no GPU.
 
-    Raises FileNotFoundError, or ValueError for a damaged file. Tensors and plain values only: where a checkpoint of
-    the real Dassl carries a whole scheduler object, it comes back as an inert placeholder, never executed.
+    A bare state dict is taken for one, the prefix `module.` of parallel training left off. Tensors and plain values
+    only: where a checkpoint of the real Dassl carries a whole scheduler object, it comes back as an inert placeholder,
+    never executed.
+
+    Raises: FileNotFoundError; ValueError (damaged, or no checkpoint), FloatingPointError (nan in it); one line.
     """
     if not fpath or not os.path.exists(fpath):
         raise FileNotFoundError(f"no checkpoint at {fpath}")
+    content = _read(regular(fpath))
+    if isinstance(content, dict) and "state_dict" not in content:
+        content = {"state_dict": content}
+    state = content.get("state_dict") if isinstance(content, dict) else None
+    if not state or not isinstance(state, dict) or not all(map(_is_tensor, state.items())):
+        raise ValueError(f"{fpath} is no checkpoint: it holds no state_dict, a dictionary of named tensors")
+    require_finite(state, f"{fpath} is of no use")
+    number = re.search(r"\.tar-(\d+)$", os.fspath(fpath))
+    epoch = content.get("epoch")
+    if type(epoch) is not int:
+        epoch = int(number[1]) if number else None
+    return {**content, "state_dict": _without_module(state), "epoch": epoch}
+
+
+def _is_tensor(item):
+    return isinstance(item[0], str) and isinstance(item[1], torch.Tensor)
+
+
+def _read(fpath):
     device = None if torch.cuda.is_available() else "cpu"
     try:
         try:
             return torch.load(fpath, map_location=device, weights_only=True)
         except pickle.UnpicklingError:
             return torch.load(fpath, map_location=device, weights_only=False, pickle_module=_inert_pickle)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, AttributeError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # whatever a damaged pickle makes its reader do
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{fpath} is no readable checkpoint ({reason})") from error
 
@@ -85,7 +115,7 @@ class _Inert:
         pass
 
 
-class _InertUnpickler(pickle.Unpickler):
+class _InertUnpickler(pickle._Unpickler):  # Python's own keeps its memo in a dictionary, however large a place is named
     """Resolves tensors' own rebuilding functions and dtypes; every other global becomes `_Inert`."""
 
     def find_class(self, module, name):
@@ -104,6 +134,44 @@ _inert_pickle = types.SimpleNamespace(
 )
 
 
+def own_class_tokens(key):
+    """Whether a tensor holds the model's own class names as tokens: another run's are never loaded."""
+    return key.split(".")[-1].startswith(("token_prefix", "token_suffix"))
+
+
+def load_weights(module, state_dict, source, whole=False):
+    """Load what a checkpoint has for `module`, apart from the tokens of its class names.
+
+    Args:
+        source: the checkpoint's path, for messages.
+        whole: a state to go on from, which must hold what the module has, and nothing else.
+
+    Raises: ValueError, one line: a tensor has another shape, nothing in it belongs to a trained parameter, something
+        is missing or over, or there is a context for each class, of other class names.
+    """
+    own, given = module.state_dict(), {k: v for k, v in state_dict.items() if not own_class_tokens(k)}
+    for key, value in given.items():
+        if key in own and own[key].shape != value.shape:
+            raise ValueError(
+                f"{source} holds {key} of shape {tuple(value.shape)}, the model wants {tuple(own[key].shape)}: "
+                "give the options and the backbone that it was trained with"
+            )
+    trained = {key for key, parameter in module.named_parameters() if parameter.requires_grad}
+    if trained and not trained & given.keys():
+        raise ValueError(f"{source} holds none of the trained parameters ({min(trained)}, …): it is another model's")
+    other = {key for key in own if not own_class_tokens(key)} ^ given.keys()
+    if whole and other:
+        raise ValueError(f"{source} is another model's: {min(other)} is not in both")
+    if any(key.endswith("ctx") and value.ndim == 3 for key, value in given.items()):
+        for key, value in state_dict.items():
+            same = key not in own or own[key].shape == value.shape and torch.allclose(
+                own[key].float().cpu(), value.float().cpu(), atol=1e-3
+            )  # fmt: skip
+            if own_class_tokens(key) and not same:
+                raise ValueError(f"{source} holds a context for each class, of other class names than the model's")
+    module.load_state_dict(given, strict=False)
+
+
 def resume_from_checkpoint(fdir, model, optimizer=None, scheduler=None, fname=None):
     """Load weights, optimizer and scheduler from `fdir`/`fname` (default: the last one saved); returns its epoch."""
     if fname is None:
@@ -111,28 +179,39 @@ def resume_from_checkpoint(fdir, model, optimizer=None, scheduler=None, fname=No
             fname = file.readline().strip()
     path = os.path.join(fdir, fname)
     checkpoint = load_checkpoint(path)
-    model.load_state_dict(checkpoint["state_dict"])
-    if optimizer is not None and checkpoint.get("optimizer"):
-        optimizer.load_state_dict(checkpoint["optimizer"])
-    if scheduler is not None and checkpoint.get("scheduler"):
-        scheduler.load_state_dict(checkpoint["scheduler"])
+    load_weights(model, checkpoint["state_dict"], path, whole=True)
+    load_progress(checkpoint, path, optimizer, scheduler)
     print(f"Resumed from {path} (epoch {checkpoint['epoch']})")
     return checkpoint["epoch"]
 
 
+def load_progress(checkpoint, source, *parts):
+    """Load the states of optimizer, scheduler (and scaler) from a checkpoint, where it has them.
+
+    Raises: ValueError, one line: a state is another optimizer's, or damaged.
+    """
+    for name, part in zip(("optimizer", "scheduler", "scaler"), parts, strict=False):
+        if part is not None and checkpoint.get(name):
+            try:
+                part.load_state_dict(checkpoint[name])
+            except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+                raise ValueError(
+                    f"{source} holds the state of another {name} ({' '.join(str(error).split())})"
+                ) from None
+
+
 def load_pretrained_weights(model, weight_path):
-    """Copy those tensors of a checkpoint whose name and shape the model has; names the rest."""
-    checkpoint = load_checkpoint(weight_path)
-    source = {k.removeprefix("module."): v for k, v in checkpoint.get("state_dict", checkpoint).items()}
+    """Copy what a checkpoint has of a model's tensors in their shapes, never class names' tokens; names the rest."""
+    source = load_checkpoint(weight_path)["state_dict"]
     own = model.state_dict()
-    fitting = {k: v for k, v in source.items() if k in own and own[k].shape == v.shape}
+    fitting = {k: v for k, v in source.items() if k in own and own[k].shape == v.shape and not own_class_tokens(k)}
     if not fitting:
         warnings.warn(f"nothing in {weight_path} fits the model: compare the key names", stacklevel=2)
         return
     model.load_state_dict({**own, **fitting})
     print(f"Loaded {len(fitting)} tensors from {weight_path}")
     if left := sorted(source.keys() - fitting.keys()):
-        print(f"Left out (other name or shape): {left}")
+        print(f"Left out (other name or shape, or class names' tokens): {left}")
 
 
 def open_all_layers(model):

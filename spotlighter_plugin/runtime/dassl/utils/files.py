@@ -5,7 +5,10 @@ import os
 import warnings
 from pathlib import Path
 
-from PIL import Image
+from spotlighter_plugin.files import read_picture as read_image
+from spotlighter_plugin.files import write_aside
+
+__all__ = ["check_isfile", "listdir_nohidden", "mkdir_if_missing", "read_image", "read_json", "write_json"]
 
 
 def mkdir_if_missing(dirname):
@@ -34,14 +37,5 @@ def read_json(fpath):
 
 def write_json(obj, fpath):
     """Write aside, then rename: a reader never sees half a file."""
-    path = Path(fpath)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    aside.write_text(json.dumps(obj, indent=4), encoding="utf-8")
-    os.replace(aside, path)
-
-
-def read_image(path):
-    """The image as RGB, fully decoded. Raises OSError (or a subclass) for a missing or damaged file."""
-    with Image.open(path) as image:
-        return image.convert("RGB")
+    Path(fpath).parent.mkdir(parents=True, exist_ok=True)
+    write_aside(fpath, lambda file: file.write(json.dumps(obj, indent=4).encode()))

@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from contextlib import contextmanager
 
 
 class Logger:
@@ -16,20 +17,41 @@ class Logger:
             self.file = open(fpath, "w", encoding="utf-8")  # noqa: SIM115  (lives as long as the run)
 
     def write(self, text):
-        self.console.write(text)
+        try:
+            self.console.write(text)
+        except UnicodeEncodeError:  # a console that knows ASCII alone
+            self.console.write(text.encode("ascii", "backslashreplace").decode())
+        self.note(text)
+
+    def note(self, text):
+        """Write to the file alone."""
         if self.file:
-            self.file.write(text)
+            with self._naming():
+                self.file.write(text)
 
     def flush(self):
         self.console.flush()
         if self.file:
-            self.file.flush()
+            with self._naming():
+                self.file.flush()
 
     def close(self):
         """Close the file; the console belongs to the process and stays open."""
-        if self.file:
-            self.file.close()
-            self.file = None
+        file, self.file = self.file, None
+        if file:
+            with self._naming(file.name):
+                file.close()
+
+    @contextmanager
+    def _naming(self, path=None):
+        """A disk that is full says so with the file's name."""
+        try:
+            yield
+        except OSError as error:
+            path = path or self.file.name
+            raise type(error)(
+                f"cannot write {path} ({error.strerror}): make room or set another --output-dir"
+            ) from None
 
     def __getattr__(self, name):  # isatty, encoding, fileno: as the console says
         return getattr(self.console, name)
