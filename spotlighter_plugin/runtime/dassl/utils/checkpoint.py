@@ -9,6 +9,7 @@ import warnings
 import torch
 from torch import nn
 
+from spotlighter_plugin.errors import one_line
 from spotlighter_plugin.files import refuse_deleted, regular, write_aside
 
 
@@ -150,10 +151,11 @@ def load_weights(module, state_dict, source, whole=False):
         is missing or over, or there is a context for each class, of other class names.
     """
     own, given = module.state_dict(), {k: v for k, v in state_dict.items() if not own_class_tokens(k)}
-    for key, value in given.items():
-        if key in own and own[key].shape != value.shape:
+    for key, parameter in module.named_parameters():  # buffers may grow: the module itself knows how
+        value = given.get(key, parameter)
+        if value.shape != parameter.shape:
             raise ValueError(
-                f"{source} holds {key} of shape {tuple(value.shape)}, the model wants {tuple(own[key].shape)}: "
+                f"{source} holds {key} of shape {tuple(value.shape)}, the model wants {tuple(parameter.shape)}: "
                 "give the options and the backbone that it was trained with"
             )
     trained = {key for key, parameter in module.named_parameters() if parameter.requires_grad}
@@ -169,7 +171,10 @@ def load_weights(module, state_dict, source, whole=False):
             )  # fmt: skip
             if own_class_tokens(key) and not same:
                 raise ValueError(f"{source} holds a context for each class, of other class names than the model's")
-    module.load_state_dict(given, strict=False)
+    try:
+        module.load_state_dict(given, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"{source}: {one_line(error)}") from None
 
 
 def resume_from_checkpoint(fdir, model, optimizer=None, scheduler=None, fname=None):
