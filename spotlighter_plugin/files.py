@@ -177,6 +177,8 @@ def read_picture(path):
                     raise ValueError(f"{width} x {height} pixels: more than {LONGEST} times as long as wide")
                 return _in_8_bits(image).convert("RGB")
     except Exception as error:  # Pillow's decoders raise whatever comes up in them
+        if isinstance(error, FileNotFoundError):
+            raise FileNotFoundError(f"{path}: no such picture") from None
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         raise OSError(f"{path} is no readable picture ({reason})") from error
 

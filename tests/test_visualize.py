@@ -169,8 +169,8 @@ def bad_inputs(folder, picture, backbone):
     (folder / "list.json").write_text("[1, 2]")
     lit = ["tokens", picture, "--backbone", backbone, "--top-k", 4]
     return [
-        (["tokens", folder / "none.png", "--backbone", backbone, "--top-k", 4], "none.png: no such image"),
-        (["tokens", folder / "broken.png", "--backbone", backbone, "--top-k", 4], "broken.png is no readable image"),
+        (["tokens", folder / "none.png", "--backbone", backbone, "--top-k", 4], "none.png: no such picture"),
+        (["tokens", folder / "broken.png", "--backbone", backbone, "--top-k", 4], "broken.png is no readable picture"),
         (["tokens", picture, "--backbone", "RN5000"], "RN5000"),
         (["tokens", picture, "--backbone", backbone], "TOP_K = 48"),
         (["tokens", picture, "--run", folder], "config.yaml"),

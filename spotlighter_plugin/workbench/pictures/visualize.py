@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 import typer
 from clip.clip import _transform as clip_transform
-from PIL import Image
 
 from ...config import PRESETS, SpotlighterConfig
+from ...files import read_picture
 from ...towers.clip import load_clip, require_vision_transformer
 from ...wrapper import SpotlighterWrapper
-from ..training.settings import import_trainers_and_datasets, parse, setup_cfg
+from ..training.settings import import_trainers_and_datasets, parse, read_settings, setup_cfg
 from .curves import draw_curves, read_points
 from .figures import check_path, figure
 
@@ -38,15 +38,13 @@ def load_run(folder: Path, epoch: int | None = None, root: Path | None = None):
     Raises:
         FileNotFoundError, ValueError: one line; no run, no such epoch, or a trainer that Spotlighter does not know.
     """
-    from yacs.config import CfgNode
-
     from ...runtime.dassl.engine.checkpoints import saved_epochs
 
     note = Path(folder, "config.yaml")
     if not note.is_file():
         raise FileNotFoundError(f"--run {folder} is no output folder of train.py: it has no config.yaml")
     import_trainers_and_datasets()
-    cfg = CfgNode.load_cfg(note.read_text(encoding="utf-8"))
+    cfg = read_settings(note)
     if not cfg.TRAINER.NAME.endswith("Spotlighter"):
         cfg.TRAINER.NAME += "Spotlighter"
     cfg.DATASET.ROOT = str(root or cfg.DATASET.ROOT)
@@ -82,17 +80,9 @@ def _build(cfg):
 
 
 def read_images(paths: list[Path], size: int) -> torch.Tensor:
-    """Images as CLIP sees them, (n, 3, size, size). Raises ValueError naming the file that is none."""
-    look, images = clip_transform(size), []
-    for path in paths:
-        try:
-            with Image.open(path) as image:
-                images.append(look(image.convert("RGB")))
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{path}: no such image") from None
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{path} is no readable image ({' '.join(str(error).split())[:80]})") from None
-    return torch.stack(images)
+    """Images as CLIP sees them, (n, 3, size, size). Raises OSError naming the file that is none."""
+    look = clip_transform(size)
+    return torch.stack([look(read_picture(path)) for path in paths])
 
 
 # -------------------------------------------------------------------------------------------------------------- tokens

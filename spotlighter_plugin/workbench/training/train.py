@@ -80,6 +80,7 @@ def _refuse_other_settings(cfg):
         settings = settings_of(read_settings(before / "config.yaml"))
         with redirect_stdout(io.StringIO()):  # the checkpoint's own settings are compared, and told, when it is loaded
             refuse_other_settings(before, settings, settings_of(cfg), cfg.FORCE)
+    os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
     write_aside(Path(cfg.OUTPUT_DIR, "config.yaml"), lambda file: file.write(cfg.dump().encode()))
 
 
