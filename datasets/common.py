@@ -67,7 +67,7 @@ def unpack(rows, folder, path):
 def checked_row(row, path, folder=""):
     """[path, label, class name(, domain)] as a `Row`. Raises ValueError naming the row and its file, `path`."""
     impath, label, name, domain = (*row, 0)[:4] if isinstance(row, (list, tuple)) and len(row) in (3, 4) else [None] * 4
-    if not isinstance(impath, str) or not impath or "\0" in impath:
+    if not isinstance(impath, str) or not impath or "\0" in impath or not _is_text(impath):
         wrong = "is no [path, label, class name]"
     elif type(label) is not int or not 0 <= label < 2**31:
         wrong = f"has the label {label!r}, must be a whole number from 0"
@@ -76,11 +76,19 @@ def checked_row(row, path, folder=""):
     elif type(domain) is not int:
         wrong = f"has the domain {domain!r}, must be a whole number"
     else:
+        impath = os.fsdecode(impath.encode("utf-8", "surrogateescape"))  # as the file system's names are read here
         whole = os.path.join(folder, impath)
         if "\\" in impath and not os.path.exists(whole):  # written on Windows
             whole = os.path.join(folder, impath.replace("\\", "/"))
         return Row(whole, label, name, domain)
     raise ValueError(f"{path}: {str(row)[:100]} {wrong}")
+
+
+def _is_text(words):
+    try:
+        return bool(words.encode("utf-8", "surrogateescape"))
+    except UnicodeError:
+        return False
 
 
 def one_name_a_label(rows, path):

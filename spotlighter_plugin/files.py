@@ -100,7 +100,7 @@ def alone_in(folder, wait=False):
             yield (lock.fileno(),)
             refuse_deleted(os.path.join(key, ".lock"))
         finally:
-            del _held[key]
+            _held.pop(key, None)
 
 
 def lock_of(folder):

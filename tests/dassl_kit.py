@@ -33,6 +33,10 @@ def draw_squares(root):
 
 @DATASET_REGISTRY.register()
 class Squares(DatasetBase):
+    """Of the folders squares and validation. `lends_test`: val is the test images; `repeats`: each image so often."""
+
+    lends_test, repeats = False, 1
+
     def __init__(self, cfg):
         items, validation = (
             [
@@ -42,9 +46,9 @@ class Squares(DatasetBase):
             ]
             for folder in ("squares", "validation")
         )
-        train = self.generate_fewshot_dataset(items, num_shots=cfg.DATASET.NUM_SHOTS)
+        train = self.generate_fewshot_dataset(items * self.repeats, num_shots=cfg.DATASET.NUM_SHOTS)
         unlabelled = items if cfg.DATASET.ALL_AS_UNLABELED else None
-        super().__init__(train_x=train, train_u=unlabelled, val=validation, test=items)
+        super().__init__(train_x=train, train_u=unlabelled, val=items if self.lends_test else validation, test=items)
 
 
 @TRAINER_REGISTRY.register()

@@ -82,13 +82,13 @@ def _is_tensor(item):
 
 def _read(fpath):
     device = None if torch.cuda.is_available() else "cpu"
+    with open(fpath, "rb") as file:  # what cannot be read says so itself; whatever comes up after is damage
+        file.read(1)
     try:
         try:
             return torch.load(fpath, map_location=device, weights_only=True)
         except pickle.UnpicklingError:
             return torch.load(fpath, map_location=device, weights_only=False, pickle_module=_inert_pickle)
-    except OSError:
-        raise
     except Exception as error:  # whatever a damaged pickle makes its reader do
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{fpath} is no readable checkpoint ({reason})") from error
