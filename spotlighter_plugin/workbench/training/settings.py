@@ -186,6 +186,8 @@ def _check(cfg):
     from dassl.data.datasets import DATASET_REGISTRY
     from dassl.engine import TRAINER_REGISTRY
 
+    from ...config import from_cfg
+
     _known("--trainer", cfg.TRAINER.NAME, _here(TRAINER_REGISTRY))
     _known("DATASET.NAME (set by --dataset-config-file)", cfg.DATASET.NAME, _here(DATASET_REGISTRY))
     _known("TEST.SPLIT", cfg.TEST.SPLIT, ["val", "test"])
@@ -196,6 +198,7 @@ def _check(cfg):
         if least is not None and not least <= value <= most:
             bound = f"at least {least}" if value < least else f"at most {most}"
             raise ValueError(f"{key} is {value}, must be {bound}")
+    from_cfg(cfg)  # Spotlighter's own options
     size = cfg.INPUT.SIZE
     if len(size) != 2 or not all(type(side) is int and 1 <= side <= 10_000 for side in size):
         raise ValueError(f"INPUT.SIZE is {tuple(size)}, must be (height, width) in pixels, 1 to 10000")
