@@ -57,11 +57,12 @@ def command(
 
     listed, sets = [row.name for row in known], [configuration(file, 1, root).DATASET.NAME for file in files]
     there = [d for d in sets if any(key.dataset == key.source == d for key in kept.facts)]
-    found = records(kept, listed, there, list(seeds), f"{name} + Spotlighter")
+    seeds = [seed for seed in seeds if any(key.seed == seed for key in kept.facts)]
+    found = records(kept, listed, there, seeds, f"{name} + Spotlighter")
     print_tables(found, console, f"{name}, each data set for itself")
     moved = [d for d in there if any(key.dataset == d != key.source == sets[0] for key in kept.facts)]
     if moved:
-        others = records(kept, listed, moved, list(seeds), f"{name} + Spotlighter", source=sets[0])
+        others = records(kept, listed, moved, seeds, f"{name} + Spotlighter", source=sets[0])
         print_tables(others, console, f"{name}, trained on {sets[0]}")
         found += others
     complete = {record.get("method") for record in found}
