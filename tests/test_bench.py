@@ -211,7 +211,7 @@ def test_the_command_writes_records_and_a_picture(tmp_path, capsys):
         (["--device", "abacus"], ["--device", "cpu"]),
         (["--preset", "fastest"], ["--preset", "fast"]),
         (["--top-k", "500"], ["--top-k", "16 tokens"]),
-        (["--top-k", "1"], ["--top-k", "at least 2"]),
+        (["--top-k", "1"], ["--top-k", "whole number from 2"]),
         (["--select-block", "3"], ["--select-block", "3 blocks"]),
         (["--sweep", "top_k=a"], ["--sweep", "select_block"]),
         (["--sweep", "alpha=1"], ["--sweep", "top_k"]),

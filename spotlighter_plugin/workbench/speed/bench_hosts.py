@@ -126,7 +126,7 @@ def _full_length(owner):
     """Let the text tower run on all 77 positions of all classes at once, as upstream's does."""
     tower = owner.text_encoder if hasattr(owner, "text_encoder") else owner.prompt_learner.text_encoder
 
-    def encode(prompts, tokenized):
+    def encode(prompts, tokenized, shared=1):
         hidden = prompts + tower.positional_embedding.to(prompts.dtype)  # (C, 77, w)
         hidden = tower.transformer(hidden.transpose(0, 1))  # (77, C, w)
         ends = tokenized.argmax(-1).to(hidden.device)  # (C,)
