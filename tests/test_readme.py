@@ -1,5 +1,6 @@
 """What is written down holds: README's snippet runs as printed, commands and files exist, configurations say theirs."""
 
+import importlib
 import re
 import subprocess
 import sys
@@ -7,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from datasets import emoji_scenes
 from spotlighter_plugin import cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -15,18 +15,21 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
 
-def drawn(folder, names):
-    """What `make demo` leaves of these classes in data/."""
-    data = emoji_scenes.EmojiScenes.__new__(emoji_scenes.EmojiScenes)
-    data.names, data.dataset_dir = emoji_scenes.concepts(), folder / "data/emoji_scenes"
-    labels = [data.names.index(name) for name in names]
-    scenes = {"train": 8, "val": 4, "test": 2}
-    data._write([(split, label, n) for split, few in scenes.items() for label in labels for n in range(few)])
+def drawn(folder, snippet):
+    """What `make demo` leaves in data/ of the classes that the snippet names."""
+    module = importlib.import_module(f"datasets.{re.search(r'data/([a-z_]+)', snippet)[1]}")
+    names = re.findall(r'"([^"]+)"', re.search(r"^names = \[(.+)\]", snippet, re.M)[1])
+    kind = getattr(module, module.__name__.rpartition(".")[2].title().replace("_", ""))
+    data = kind.__new__(kind)
+    data.names, data.dataset_dir = module.concepts(), folder / module.__name__.replace("datasets.", "data/")
+    labels, few = [data.names.index(name) for name in names], {"train": 8, "val": 4, "test": 2}
+    last = (0,) if module.__name__.endswith("icon_scenes") else ()
+    data._write([(split, label, n, *last) for split in few for label in labels for n in range(few[split])])
 
 
 def test_the_snippet_runs_as_printed_and_classifies_a_picture(tmp_path):
     (snippet,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    drawn(tmp_path, re.findall(r'"([^"]+)"', re.search(r"^names = \[(.+)\]", snippet, re.M)[1]))
+    drawn(tmp_path, snippet)
     (tmp_path / "snippet.py").write_text(snippet, encoding="utf-8")
     env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
