@@ -60,7 +60,8 @@ def kind_of(host: str) -> Kind:
     """A host by its short name; raises ValueError for an unknown one."""
     if host == "coop":
         warm = {"OPTIM.WARMUP_EPOCH": 1, "OPTIM.WARMUP_TYPE": "constant", "OPTIM.WARMUP_CONS_LR": 1e-5}
-        return Kind("CoOp", {**warm, "TRAINER.COOP.PREC": "fp32"}, rates(LENGTHS), rates(SHORT), True)
+        options = {**warm, "TRAINER.COOP.PREC": "fp32", "TRAINER.COOP.CTX_INIT": "a photo of a"}
+        return Kind("CoOp", options, rates(LENGTHS), rates(SHORT), True)
     if host not in TUNED:
         raise ValueError(f"--host {host}: take one of coop, {', '.join(TUNED)}")
     trainer, tries = TUNED[host]
