@@ -75,7 +75,7 @@ class Laboratory:
         return facts is not None and facts["made"] == self._made(row, source)
 
     def _made(self, row: Row, source: str) -> str:
-        return f"{self.tower(source).fingerprint} {row.settings}"
+        return f"{self.tower(source).fingerprint} {self.kind.options} {row.settings}"
 
     def _key(self, row: Row, dataset: str, source: str, seed: int) -> Key:
         return Key(row.name, self.tower(dataset).dataset, self.tower(source).dataset, seed)
