@@ -12,6 +12,7 @@ import inspect
 import sys
 import types
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 _BUNDLED = Path(__file__).resolve().with_name("bundled")  # in an installed package, see setup.py
@@ -20,14 +21,14 @@ RUNTIME = Path(__file__).with_name("runtime")
 _libraries = []  # torch.library.Library objects: a declaration lives as long as its object
 
 
-def apply():
+def apply() -> None:
     """Make clip, torchvision and Dassl importable, and give a real Dassl what ours has."""
     silence_clip_import()
     provide_dassl()
     mend_on_import()
 
 
-def mend_dassl():
+def mend_dassl() -> None:
     """Give a real Dassl what ours has."""
     accept_verbose_in_lr_schedulers()
     import_dassl_without_unused()
@@ -38,7 +39,7 @@ def mend_dassl():
     name_classes_without_images()
 
 
-def once(fix):
+def once(fix) -> Callable[[], None]:
     """Run a fix the first time only."""
 
     @functools.wraps(fix)
@@ -52,7 +53,7 @@ def once(fix):
 
 
 @once
-def mend_on_import():
+def mend_on_import() -> None:
     """Declare torchvision's operators before it is executed, mend a real Dassl after; at once where it is already."""
     if "torchvision" not in sys.modules:
         sys.meta_path.insert(0, _Mended("torchvision", before=declare_torchvision_operators))
@@ -86,7 +87,7 @@ class _Mended(importlib.abc.MetaPathFinder):
 
 
 @once
-def declare_torchvision_operators():
+def declare_torchvision_operators() -> None:
     """torchvision's wheel for CUDA beside a CPU-only torch cannot load its C++ operators; its Python part registers
     fake kernels for `nms` and `qnms` all the same and fails because nobody declared them. Declaring the two
     signatures lets it import; clip and Dassl use transforms only, which need no C++ operator."""
@@ -116,12 +117,12 @@ def _torchvision_operators_load():
 
 
 @once
-def silence_clip_import():
+def silence_clip_import() -> None:
     """clip imports pkg_resources, whose deprecation notice would open every log; constraints.txt holds setuptools."""
     warnings.filterwarnings("ignore", message="pkg_resources is deprecated", category=UserWarning)
 
 
-def openai_clip_model():
+def openai_clip_model() -> types.ModuleType:
     """OpenAI's module clip.model. A fork's own `clip` stands in front of it, and MaPLe's and PromptKD's build another
     model, from more than a state dict: then OpenAI's is looked for further down the path."""
     first = importlib.import_module("clip.model")
@@ -138,20 +139,20 @@ def openai_clip_model():
 
 
 @once
-def provide_dassl():
+def provide_dassl() -> None:
     """Dassl is on no package registry. Where it is not installed, our own part of its interface takes its name."""
     if not real_dassl():
         sys.path.append(str(RUNTIME))
 
 
-def real_dassl():
+def real_dassl() -> bool:
     """Whether `import dassl` means the real toolbox (and not ours, or a mere folder of that name)."""
     spec = importlib.util.find_spec("dassl")
     return spec is not None and spec.origin is not None and not Path(spec.origin).is_relative_to(RUNTIME)
 
 
 @once
-def import_dassl_without_unused():
+def import_dassl_without_unused() -> None:
     """Importing Dassl imports `wilds`, `pandas`, `gdown` (three of its benchmarks, a downloader), tabulate (one
     printed table) and TensorBoard (curves): gigabytes of dependencies that prompt tuning never calls. Missing ones
     are there while Dassl is imported, as modules whose members refuse to be called, or fall back to plain text or
@@ -209,7 +210,7 @@ class _SilentWriter:
 
 
 @once
-def accept_verbose_in_lr_schedulers():
+def accept_verbose_in_lr_schedulers() -> None:
     """Dassl's warm-up schedulers pass `verbose` to LRScheduler, which no longer takes it since PyTorch 2.7."""
     import torch
 
@@ -225,7 +226,7 @@ def accept_verbose_in_lr_schedulers():
 
 
 @once
-def load_checkpoints_safely():
+def load_checkpoints_safely() -> None:
     """Dassl's checkpoints carry the scheduler that follows the warm-up as a whole object, which torch.load refuses
     since PyTorch 2.6 (weights_only=True). Ours reads old ones without running what they contain and writes aside."""
     from .runtime.dassl.utils import checkpoint as ours
@@ -239,7 +240,7 @@ def load_checkpoints_safely():
 
 
 @once
-def resume_exactly():
+def resume_exactly() -> None:
     """Dassl's checkpoints leave out the random-number state, so that a resumed run differs from an uninterrupted
     one, and hold the successor of a warm-up schedule as an object, which becomes plain values. Its load_model cannot
     print a checkpoint that was saved without a validation result, which all but model-best are. It saves the last
@@ -266,7 +267,7 @@ def resume_exactly():
 
 
 @once
-def report_numbers_alone():
+def report_numbers_alone() -> None:
     """Dassl takes the first class for the answer where logits are not a number, and reports an accuracy."""
     from .runtime.dassl.evaluation import require_numbers
 
@@ -281,7 +282,7 @@ def report_numbers_alone():
 
 
 @once
-def skip_unreadable_images():
+def skip_unreadable_images() -> None:
     """One missing or damaged image ends a Dassl run with a traceback, or with a bare assertion before it begins."""
     from .runtime.dassl.data import data_manager as ours
 
@@ -292,7 +293,7 @@ def skip_unreadable_images():
 
 
 @once
-def name_classes_without_images():
+def name_classes_without_images() -> None:
     """A class without images shows up in Dassl as a mismatch of shapes, far from its cause."""
     from .runtime.dassl.data.datasets import DatasetBase
 

@@ -6,8 +6,13 @@ import re
 import stat
 import time
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 PICTURES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif", ".jp2", ".tga"),
@@ -24,7 +29,7 @@ _held = {}  # {folder: its lock's open file}: what this process writes to
 # -- written aside, then renamed -------------------------------------------------------------------------------
 
 
-def write_aside(path, write, option="--output-dir"):
+def write_aside(path, write, option="--output-dir") -> None:
     """Let `write(file)` fill a binary file that is `path` when it is whole, and never was when it fails.
 
     Raises: OSError of the kind that came up, with one line that names the path and the option to change.
@@ -54,7 +59,7 @@ def _cannot_write(path, reason, option):
     return f"cannot write {path} ({reason}): make room or set another {option}"
 
 
-def sweep_leftovers(folder, age=0):
+def sweep_leftovers(folder, age=0) -> None:
     """Remove what dead processes left half written, NAME.PID.tmp, in a folder and those right in it.
 
     Args: age: seconds; younger files stay.
@@ -80,7 +85,7 @@ def _runs(pid):
 
 
 @contextmanager
-def alone_in(folder, wait=False):
+def alone_in(folder, wait=False) -> Iterator[tuple[int, ...]]:
     """Hold the folder's lock, which ends with the process. Yields the open files that a child must inherit to keep it.
 
     A child is told so by `lock_of`. Where the system or the disk knows no locks, nothing is held.
@@ -103,7 +108,7 @@ def alone_in(folder, wait=False):
             _held.pop(key, None)
 
 
-def lock_of(folder):
+def lock_of(folder) -> dict[str, str]:
     """What the environment of a child says that inherits the lock of a folder."""
     return {HOLDER: os.path.realpath(folder)}
 
@@ -134,7 +139,7 @@ def _lock(lock, folder, wait):
         os.write(lock.fileno(), str(os.getpid()).encode())
 
 
-def refuse_deleted(path):
+def refuse_deleted(path) -> None:
     """Raise FileNotFoundError if `path` lies in a folder that this process holds and that somebody took away."""
     path = os.path.realpath(path)
     for folder, lock in _held.items():
@@ -147,19 +152,19 @@ def refuse_deleted(path):
 # -- read ------------------------------------------------------------------------------------------------------
 
 
-def regular(path):
+def regular(path) -> str | Path:
     """`path`, if it is a file. Raises FileNotFoundError, or ValueError for a folder, a pipe or a device."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError(f"{path} is no file but a folder, a pipe or a device")
     return path
 
 
-def is_picture(name):
+def is_picture(name) -> bool:
     """Whether a file's name says that it is a picture."""
     return str(name).lower().endswith(PICTURES)
 
 
-def read_picture(path):
+def read_picture(path) -> "Image":
     """The picture as RGB, fully decoded; 16-bit grey is brought down to 8 bits.
 
     Raises: OSError, one line that names the path, for whatever cannot be read: missing, damaged, too large, too long.

@@ -35,7 +35,9 @@ class Pretrained:
         _write_aside(folder / CONFIGURATION, lambda path: path.write_text(text + "\n", encoding="utf-8"))
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike, host_model: nn.Module, adapter=None, class_names=None):
+    def from_pretrained(
+        cls, folder: str | os.PathLike, host_model: nn.Module, adapter=None, class_names: list[str] | None = None
+    ) -> "Pretrained":
         """A wrapper around ``host_model`` as ``save_pretrained`` left it, in evaluation mode.
 
         Args:

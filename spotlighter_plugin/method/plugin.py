@@ -1,5 +1,7 @@
 """What Spotlighter adds to a host and saves: mapping, bank and memory, and the constants of evaluation."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -31,7 +33,7 @@ class Plugin(nn.Module):
         self.memory = ShotMemory(class_names, described, width) if config.prototype_logits else None
         self._constants = {}
 
-    def constant(self, name: str, make, device: torch.device, host: nn.Module | None = None):
+    def constant(self, name: str, make, device: torch.device, host: nn.Module | None = None) -> Any:
         """What ``make`` gives, kept until ``train``, ``eval`` or a change of ``host``'s parameters; by precision."""
         tensors = () if host is None or torch.compiler.is_compiling() else self._parameters_of(host)
         state = [(each.data_ptr(), each._version) for each in tensors]
@@ -50,11 +52,11 @@ class Plugin(nn.Module):
     def forget_constants(self) -> None:
         self._constants.clear()
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> "Plugin":
         self.forget_constants()
         return super().train(mode)
 
-    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False) -> Any:
         """Load mapping, bank and memory; bank and memory may be of other classes.
 
         Raises:

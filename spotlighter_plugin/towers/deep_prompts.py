@@ -5,7 +5,7 @@ Every host with prompts inside a tower (MaPLe, PromptSRC, PromptKD's student) in
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -39,7 +39,7 @@ class DeepPrompts:
         return self
 
     @contextmanager
-    def off(self):
+    def off(self) -> Iterator[None]:
         """The tower as it was before prompts."""
         before, self.enabled = self.enabled, False
         try:

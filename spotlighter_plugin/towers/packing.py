@@ -6,6 +6,7 @@ alone. The tower's blocks run as they are, so hooks on them, and prompts that th
 What is packed costs a little more attention, and no copy of a block's code.
 """
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -63,7 +64,7 @@ class Packing:
         return x.flatten(0, 1).index_select(0, self.ends.to(x.device))
 
     @contextmanager
-    def masking(self, transformer: nn.Module, like: Tensor):
+    def masking(self, transformer: nn.Module, like: Tensor) -> Iterator[None]:
         """Let the blocks of OpenAI's transformer, which hold one causal mask of the full context, see this one."""
         blocks = transformer.resblocks
         before, mask = blocks[0].attn_mask.to(like), self.mask.to(like)  # stays where x is, as after a pass of its own
@@ -77,7 +78,7 @@ class Packing:
 
 
 @contextmanager
-def packed(text_encoder: nn.Module, tokenized: Tensor, learner: nn.Module, classless: set[str]):
+def packed(text_encoder: nn.Module, tokenized: Tensor, learner: nn.Module, classless: set[str]) -> Iterator[None]:
     """Inside, a host's own text encoder runs packed if its transformer is OpenAI's and its texts begin alike.
 
     Args:

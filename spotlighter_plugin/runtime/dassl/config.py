@@ -105,12 +105,12 @@ DEFAULTS = {
 }
 
 
-def get_cfg_default():
+def get_cfg_default() -> CfgNode:
     """A fresh, unfrozen tree of the defaults."""
     return CfgNode(DEFAULTS)
 
 
-def clean_cfg(cfg, trainer):
+def clean_cfg(cfg, trainer) -> None:
     """Drop every TRAINER node but the named trainer's own, so that a printed tree is short."""
     for key in [key for key in cfg.TRAINER if key not in ("NAME", trainer.upper())]:
         cfg.TRAINER.pop(key)

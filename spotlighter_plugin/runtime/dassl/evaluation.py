@@ -13,7 +13,7 @@ from .utils import Registry, check_availability
 EVALUATOR_REGISTRY = Registry("EVALUATOR")
 
 
-def build_evaluator(cfg, **kwargs):
+def build_evaluator(cfg, **kwargs) -> "EvaluatorBase":
     """The evaluator TEST.EVALUATOR."""
     check_availability(cfg.TEST.EVALUATOR, EVALUATOR_REGISTRY.registered_names())
     if cfg.VERBOSE:
@@ -27,13 +27,13 @@ class EvaluatorBase:
     def __init__(self, cfg):
         self.cfg = cfg
 
-    def reset(self):
+    def reset(self) -> None:
         raise NotImplementedError
 
-    def process(self, mo, gt):
+    def process(self, mo, gt) -> None:
         raise NotImplementedError
 
-    def evaluate(self):
+    def evaluate(self) -> dict[str, float]:
         raise NotImplementedError
 
 
@@ -46,16 +46,16 @@ class Classification(EvaluatorBase):
         self._lab2cname = lab2cname or {}
         self.reset()
 
-    def reset(self):
+    def reset(self) -> None:
         self._y_true, self._y_pred = [], []
 
-    def process(self, mo, gt):
+    def process(self, mo, gt) -> None:
         """mo: logits (B, C); gt: labels (B,). Raises FloatingPointError for logits that name no class."""
         require_numbers(mo, "the evaluation")
         self._y_true.append(gt.cpu().numpy())
         self._y_pred.append(mo.argmax(dim=1).cpu().numpy())
 
-    def evaluate(self):
+    def evaluate(self) -> dict[str, float]:
         """Print the result block and return {accuracy, error_rate, macro_f1[, perclass_accuracy]}."""
         if not self._y_true:
             raise ValueError("nothing to evaluate: the test set is empty")
@@ -94,13 +94,13 @@ class Classification(EvaluatorBase):
         return mean
 
 
-def require_numbers(logits, what):
+def require_numbers(logits, what) -> None:
     """Raise FloatingPointError, one line, unless every row of (B, C) has a largest value; -inf rules a class out."""
     if not torch.isfinite(logits.amax(dim=1)).all():
         raise FloatingPointError(f"the model's logits hold nan or inf: {what} ends without a result")
 
 
-def macro_f1(true, pred):
+def macro_f1(true, pred) -> float:
     """Mean over the classes that occur of 2 TP / (true + predicted)."""
     size = max(true.max(), pred.max()) + 1
     hits, n_true, n_pred = (np.bincount(x, minlength=size) for x in (true[true == pred], true, pred))
@@ -108,7 +108,7 @@ def macro_f1(true, pred):
     return float((2 * hits[present] / (n_true + n_pred)[present]).mean())
 
 
-def confusion(true, pred):
+def confusion(true, pred) -> np.ndarray:
     """Row: true class, column: predicted class, over the classes that occur; each row sums to 1 (or 0)."""
     labels, codes = np.unique(np.concatenate([true, pred]), return_inverse=True)
     rows, columns = np.split(codes, 2)

@@ -27,7 +27,7 @@ def _adaptive(c):
     return {"lr": c.LR, "weight_decay": c.WEIGHT_DECAY, "betas": (c.ADAM_BETA1, c.ADAM_BETA2)}
 
 
-def build_optimizer(model, optim_cfg, param_groups=None):
+def build_optimizer(model, optim_cfg, param_groups=None) -> optim.Optimizer:
     """The optimizer OPTIM.NAME over `param_groups`, or over a module's (or iterable's) parameters.
 
     With OPTIM.STAGED_LR the children not named in OPTIM.NEW_LAYERS learn at BASE_LR_MULT times the rate.
@@ -62,31 +62,31 @@ class WarmupScheduler(lr_scheduler.LRScheduler):
         self.successor, self.warmup_epoch, self.kind, self.floor = successor, warmup_epoch, kind, floor
         super().__init__(optimizer)
 
-    def get_lr(self):
+    def get_lr(self) -> list[float]:
         if self.last_epoch >= self.warmup_epoch:
             return self.successor.get_last_lr()
         if self.kind == "constant" or self.last_epoch == 0:
             return [self.floor] * len(self.base_lrs)
         return [rate * self.last_epoch / self.warmup_epoch for rate in self.base_lrs]
 
-    def step(self, epoch=None):
+    def step(self, epoch=None) -> None:
         if self.last_epoch < self.warmup_epoch:
             super().step(epoch)
         else:
             self.successor.step(epoch)
             self._last_lr = self.successor.get_last_lr()
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         """Plain values only, so that a checkpoint loads with weights_only=True."""
         return {**super().state_dict(), "successor": self.successor.state_dict()}
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict) -> None:
         state = dict(state_dict)
         self.successor.load_state_dict(state.pop("successor"))
         super().load_state_dict(state)
 
 
-def build_lr_scheduler(optimizer, optim_cfg):
+def build_lr_scheduler(optimizer, optim_cfg) -> lr_scheduler.LRScheduler:
     """The schedule OPTIM.LR_SCHEDULER (single_step, multi_step, cosine), after a warm-up if WARMUP_EPOCH > 0.
 
     WARMUP_RECOUNT: the schedule starts at its own epoch 0 after the warm-up; otherwise at epoch WARMUP_EPOCH.

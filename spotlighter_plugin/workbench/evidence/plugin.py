@@ -1,5 +1,6 @@
 """Spotlighter's own rows: attached to a trained host or trained with it, through the wrapper's public calls."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -110,7 +111,7 @@ def measure(attached: Attached, tower: FrozenTower) -> tuple[float, float]:
     return share, sum(v.numel() * v.element_size() for v in attached.state.values()) / 1e6
 
 
-def batches(scenes: Scenes, view: View):
+def batches(scenes: Scenes, view: View) -> Iterator[tuple[Tensor, Tensor]]:
     """Pairs of what the view gives and classes, on the tower's device; labels stay on the CPU until they are used."""
     for start in range(0, len(scenes.paths), BATCH):
         states = view.of(scenes.paths[start : start + BATCH])

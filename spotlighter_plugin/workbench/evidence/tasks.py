@@ -5,6 +5,7 @@ import hashlib
 import io
 import math
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from dassl.data.datasets import build_dataset
 from dassl.data.transforms import build_transform
 from dassl.utils import read_image
 from torch import Tensor
+from yacs.config import CfgNode
 
 from ...towers.clip import load_clip
 from ..training.settings import import_trainers_and_datasets, parse, setup_cfg
@@ -69,7 +71,9 @@ class Task:
         )  # fmt: skip
 
 
-def configuration(dataset: str, seed: int, root: str, trainer: str = "CoOp", options: dict | None = None, folder=""):
+def configuration(
+    dataset: str, seed: int, root: str, trainer: str = "CoOp", options: dict | None = None, folder: str = ""
+) -> CfgNode:
     """Dassl's configuration for a data set's file, a trainer and options as on train.py's command line."""
     opts = {"DATASET.SUBSAMPLE_CLASSES": "all", "TEST.NO_TEST": True, **(options or {})}
     flags = ["--trainer", trainer, "--dataset-config-file", dataset, "--root", root, "--seed", str(seed)]
@@ -201,6 +205,6 @@ class written_aside:
             self.aside.unlink(missing_ok=True)
 
 
-def chunks(paths: list[str]):
+def chunks(paths: list[str]) -> Iterator[list[str]]:
     """Parts of ``BATCH``."""
     return (paths[i : i + BATCH] for i in range(0, len(paths), BATCH))

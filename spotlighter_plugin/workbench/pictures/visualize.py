@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from clip.clip import _transform as clip_transform
+from dassl.engine import SimpleTrainer
 
 from ...config import PRESETS, SpotlighterConfig
 from ...files import read_picture
@@ -32,7 +33,7 @@ RootOption = Annotated[Path | None, typer.Option(help="folder of the data sets (
 # ----------------------------------------------------------------------------------------------------------- the model
 
 
-def load_run(folder: Path, epoch: int | None = None, root: Path | None = None):
+def load_run(folder: Path, epoch: int | None = None, root: Path | None = None) -> SimpleTrainer:
     """The trainer of a run with its checkpoint; a host's run gets Spotlighter around it. Its model is the wrapper.
 
     Raises:

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from ...files import alone_in, lock_of
 from .plan import HERE, train_py
 
 
-def run_chain(chain, home, environment=None, call=None):
+def run_chain(chain, home, environment=None, call=None) -> str:
     """Run what is not complete of a chain, in order. Returns the first failure as one line, "" if there is none.
 
     call: makes a run, given it, a file for its errors and the lock's open files; returns an exit code. By default
@@ -63,7 +64,7 @@ def _last_line(path):
 # -- launchers: each takes (chains, home, jobs), yields (a chain's index, its failure) as chains end, None in between --
 
 
-def launch_here(chains, home, jobs):
+def launch_here(chains, home, jobs) -> Iterator[tuple[int, str] | None]:
     """On this machine, `jobs` at once; each takes one of the GPUs in turn and its share of the cores."""
     gpus = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
     share = (
@@ -91,7 +92,7 @@ def launch_here(chains, home, jobs):
                 task.cancel()
 
 
-def launch_slurm(chains, home, jobs):
+def launch_slurm(chains, home, jobs) -> Iterator[tuple[int, str] | None]:
     """As a Slurm job array, at most `jobs` at once, through submitit. SBATCH_PARTITION and its kin say where."""
     try:
         import submitit
@@ -109,7 +110,7 @@ def launch_slurm(chains, home, jobs):
     yield from _as_they_end(chains, tasks, lambda task: task.done(), lambda task: task.result())
 
 
-def launch_ray(chains, home, jobs):
+def launch_ray(chains, home, jobs) -> Iterator[tuple[int, str] | None]:
     """On the cluster that RAY_ADDRESS names or on this machine, at most `jobs` at once, a GPU each where there are."""
     try:
         import ray
@@ -123,7 +124,7 @@ def launch_ray(chains, home, jobs):
     yield from _as_they_end(chains, tasks, lambda task: bool(ray.wait([task], timeout=0)[0]), ray.get)
 
 
-def launch_cached(chains, home, jobs):
+def launch_cached(chains, home, jobs) -> Iterator[tuple[int, str] | None]:
     """In this process, one after the other, a data set's runs on the same hidden states: see `CachedRuns`."""
     from ..training.cached import CachedRuns
 

@@ -43,7 +43,7 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (--help lists the flags)")
 
 
-def parse(argv=None):
+def parse(argv=None) -> argparse.Namespace:
     """The flags as a namespace. Raises ValueError for an unknown or malformed one."""
     p = _Parser(prog="train.py", description="Train and evaluate a prompt-tuning host, with or without Spotlighter.")
     p.add_argument("--trainer", default="", help="e.g. CoOp, CoOpSpotlighter, ZeroshotCLIP")
@@ -67,7 +67,7 @@ def parse(argv=None):
     return p.parse_args(argv)
 
 
-def import_trainers_and_datasets():
+def import_trainers_and_datasets() -> list:
     """Import every module of trainers/ and datasets/, which register themselves; returns the trainers' modules."""
     if sys.path[0] != str(ROOT):  # before any other package called "datasets"
         sys.path.insert(0, str(ROOT))
@@ -78,7 +78,7 @@ def import_trainers_and_datasets():
     return modules
 
 
-def setup_cfg(args, modules=()):
+def setup_cfg(args, modules=()) -> CfgNode:
     """Defaults, then the data set's file, the trainer's file, the flags, the trailing options; checked and frozen."""
     from dassl.config import get_cfg_default
 
@@ -173,7 +173,7 @@ def _reason(cfg, error, key=None):
     return text + (f"; did you mean {close[0]}?" if close else "")
 
 
-def flat(node, prefix=""):
+def flat(node, prefix="") -> dict:
     """{"A.B.C": value} for every leaf."""
     leaves = {}
     for key, value in node.items():

@@ -30,7 +30,7 @@ class Run:
     results: dict
 
 
-def main(argv=None):
+def main(argv=None) -> int:
     """Run and return the exit code. SPOTLIGHTER_DEBUG=1 shows a mistake's traceback."""
     try:
         run(argv)
@@ -46,7 +46,7 @@ def main(argv=None):
     return 0
 
 
-def run(argv=None, build=None):
+def run(argv=None, build=None) -> Run:
     """Do what the flags in `argv` (default: the process's own) say. Raises ValueError, OSError … on a mistake.
 
     build: makes the trainer of a configuration; default: Dassl's.

@@ -95,7 +95,7 @@ def build_data_loader(
     tfm=None,
     is_train=True,
     dataset_wrapper=None,
-):
+) -> "ReadableLoader":
     """A loader over a list of Datum; in training the last, smaller batch is dropped if there is a whole one."""
     return ReadableLoader(
         (dataset_wrapper or DatasetWrapper)(cfg, data_source, transform=tfm, is_train=is_train),
@@ -142,7 +142,7 @@ class DataManager:
         if cfg.VERBOSE:
             self.show_dataset_summary(cfg)
 
-    def show_dataset_summary(self, cfg):
+    def show_dataset_summary(self, cfg) -> None:
         d = self.dataset
         rows = [("Dataset", cfg.DATASET.NAME), ("Source", cfg.DATASET.SOURCE_DOMAINS)]
         rows += [("Target", cfg.DATASET.TARGET_DOMAINS), ("# classes", f"{self.num_classes:,}")]

@@ -26,7 +26,7 @@ FREE_TO_CHANGE = (
 NEVER_TO_CHANGE = ("MODEL.BACKBONE.NAME", "DATASET.NAME", "DATASET.SUBSAMPLE_CLASSES", "TRAINER.NAME")
 
 
-def after_epoch(self):
+def after_epoch(self) -> None:
     """Choose the best epoch on the validation split, if asked to, and save what the run can go on from."""
     test = self.cfg.TEST
     if test.FINAL_MODEL == "best_val" and not test.NO_TEST:
@@ -42,7 +42,7 @@ def after_epoch(self):
     _prune(self, self.output_dir, done, every)
 
 
-def save_model(self, epoch, directory, is_best=False, val_result=None, model_name=""):
+def save_model(self, epoch, directory, is_best=False, val_result=None, model_name="") -> None:
     """Save each registered model to `directory`/<name>/model.pth.tar-<epoch + 1> (or `model_name`).
 
     Raises: FloatingPointError (something is not finite: nothing is written), OSError; one line.
@@ -83,7 +83,7 @@ def _prune(self, directory, done, every):
                 os.remove(os.path.join(directory, name, f"model.pth.tar-{number}"))
 
 
-def load_model(self, directory, epoch=None):
+def load_model(self, directory, epoch=None) -> None:
     """Load each registered model from `directory`: of that epoch, or the best one. No directory: do nothing."""
     if not directory:
         print("Note: load_model() is skipped, no folder is given (--model-dir)")
@@ -99,7 +99,7 @@ def load_model(self, directory, epoch=None):
         print(f"Load {path} to {name} (epoch={checkpoint['epoch']}, val_result={checkpoint.get('val_result')})")
 
 
-def resume_model_if_exist(self, directory):
+def resume_model_if_exist(self, directory) -> int:
     """Load the last epoch that every registered model has whole in `directory`; returns it, 0 where there is none.
 
     Damaged checkpoints are named and left out.
@@ -175,7 +175,7 @@ def _take_new_rates(checkpoint, path, optim, sched, epoch):
 # -- which run it is -------------------------------------------------------------------------------------------
 
 
-def settings_of(cfg, prefix=""):
+def settings_of(cfg, prefix="") -> dict:
     """{"A.B.C": the value as text} of what makes a run the run that it is."""
     found = {}
     for key, value in cfg.items():
@@ -187,7 +187,7 @@ def settings_of(cfg, prefix=""):
     return found
 
 
-def refuse_other_settings(where, before, now, force=False):
+def refuse_other_settings(where, before, now, force=False) -> list[str]:
     """Raise ValueError if a run in `where` has other settings; with `force` say so. Returns the keys that changed."""
     changed = [key for key in sorted(before.keys() & now.keys()) if before[key] != now[key]]
     for key in changed:
@@ -201,7 +201,7 @@ def refuse_other_settings(where, before, now, force=False):
     return changed
 
 
-def chooses_on_test(self):
+def chooses_on_test(self) -> bool:
     """Whether TEST.FINAL_MODEL best_val would choose the epoch on images that the run is tested on."""
     test = self.cfg.TEST if getattr(self, "cfg", None) is not None else None
     if test is None or test.FINAL_MODEL != "best_val" or test.NO_TEST or not hasattr(self, "dm"):
@@ -216,7 +216,7 @@ def _class_names(self):
     return None if names is None else list(map(str, names))
 
 
-def saved_epochs(folder):
+def saved_epochs(folder) -> set[int]:
     """The numbers N of the files model.pth.tar-N in `folder`."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
     return {int(found[1]) for name in names if (found := re.fullmatch(r"model\.pth\.tar-(\d+)", name))}

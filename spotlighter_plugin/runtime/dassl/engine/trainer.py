@@ -46,7 +46,7 @@ class SimpleNet(nn.Module):
             self.fdim = self.head.out_features
         self.classifier = nn.Linear(self.fdim, num_classes) if num_classes > 0 else None
 
-    def forward(self, x, return_feature=False):
+    def forward(self, x, return_feature=False) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         features = self.backbone(x)
         if self.head is not None:
             features = self.head(features)
@@ -69,7 +69,7 @@ class TrainerBase:
         self.epoch = self.batch_idx = 0
 
     # -- models ------------------------------------------------------------------------------------------------
-    def register_model(self, name="model", model=None, optim=None, sched=None):
+    def register_model(self, name="model", model=None, optim=None, sched=None) -> None:
         """Make `model` known for train/eval mode, saving and loading; its folder in the output is `name`."""
         if "_models" not in self.__dict__:
             raise AttributeError("call super().__init__() before register_model()")
@@ -77,7 +77,7 @@ class TrainerBase:
             raise ValueError(f"a model named {name!r} is registered already")
         self._models[name], self._optims[name], self._scheds[name] = model, optim, sched
 
-    def get_model_names(self, names=None):
+    def get_model_names(self, names=None) -> list[str]:
         if names is None:
             return list(self._models)
         names = tolist_if_not(names)
@@ -85,14 +85,14 @@ class TrainerBase:
             raise ValueError(f"no model named {unknown}; registered are {list(self._models)}")
         return names
 
-    def set_model_mode(self, mode="train", names=None):
+    def set_model_mode(self, mode="train", names=None) -> None:
         if mode not in ("train", "test", "eval"):
             raise KeyError(f"mode {mode!r} is not train, test or eval")
         for name in self.get_model_names(names):
             self._models[name].train(mode == "train")
 
     # -- one step ----------------------------------------------------------------------------------------------
-    def detect_anomaly(self, loss):
+    def detect_anomaly(self, loss) -> None:
         """Raise FloatingPointError, naming the place, unless the loss is finite."""
         if not torch.isfinite(loss).all():
             raise FloatingPointError(f"the loss is {loss.detach().mean().item()} in {self._place()}")
@@ -100,46 +100,46 @@ class TrainerBase:
     def _place(self):
         return f"epoch [{self.epoch + 1}/{self.max_epoch}] batch [{self.batch_idx + 1}/{self.num_batches}]"
 
-    def model_zero_grad(self, names=None):
+    def model_zero_grad(self, names=None) -> None:
         for name in self.get_model_names(names):
             if self._optims[name] is not None:
                 self._optims[name].zero_grad()
 
-    def model_backward(self, loss):
+    def model_backward(self, loss) -> None:
         self.detect_anomaly(loss)
         loss.backward()
 
-    def model_update(self, names=None):
+    def model_update(self, names=None) -> None:
         for name in self.get_model_names(names):
             if self._optims[name] is not None:
                 self._optims[name].step()
 
-    def model_backward_and_update(self, loss, names=None):
+    def model_backward_and_update(self, loss, names=None) -> None:
         self.model_zero_grad(names)
         self.model_backward(loss)
         self.model_update(names)
 
-    def update_lr(self, names=None):
+    def update_lr(self, names=None) -> None:
         for name in self.get_model_names(names):
             if self._scheds[name] is not None:
                 self._scheds[name].step()
 
     # -- TensorBoard, where it is installed --------------------------------------------------------------------
-    def init_writer(self, log_dir):
+    def init_writer(self, log_dir) -> None:
         if self._writer is None and SummaryWriter is not None:
             print(f"Initialize tensorboard (log_dir={log_dir})")
             self._writer = SummaryWriter(log_dir=log_dir)
 
-    def close_writer(self):
+    def close_writer(self) -> None:
         if self._writer is not None:
             self._writer.close()
 
-    def write_scalar(self, tag, scalar_value, global_step=None):
+    def write_scalar(self, tag, scalar_value, global_step=None) -> None:
         if self._writer is not None:
             self._writer.add_scalar(tag, scalar_value, global_step)
 
     # -- the loop ----------------------------------------------------------------------------------------------
-    def train(self, start_epoch, max_epoch):
+    def train(self, start_epoch, max_epoch) -> None:
         self.start_epoch, self.max_epoch = start_epoch, max_epoch
         self.before_train()  # may move start_epoch when it resumes
         for self.epoch in range(self.start_epoch, max_epoch):  # noqa: B020
@@ -148,34 +148,34 @@ class TrainerBase:
             self.after_epoch()
         self.after_train()
 
-    def before_train(self):
+    def before_train(self) -> None:
         pass
 
-    def after_train(self):
+    def after_train(self) -> None:
         pass
 
-    def before_epoch(self):
+    def before_epoch(self) -> None:
         pass
 
-    def after_epoch(self):
+    def after_epoch(self) -> None:
         pass
 
-    def run_epoch(self):
+    def run_epoch(self) -> None:
         raise NotImplementedError
 
-    def test(self):
+    def test(self) -> float:
         raise NotImplementedError
 
-    def parse_batch_train(self, batch):
+    def parse_batch_train(self, batch) -> tuple[torch.Tensor, ...]:
         raise NotImplementedError
 
-    def parse_batch_test(self, batch):
+    def parse_batch_test(self, batch) -> tuple[torch.Tensor, ...]:
         raise NotImplementedError
 
-    def forward_backward(self, batch):
+    def forward_backward(self, batch) -> dict[str, float]:
         raise NotImplementedError
 
-    def model_inference(self, input):
+    def model_inference(self, input) -> torch.Tensor:
         raise NotImplementedError
 
 
@@ -195,16 +195,16 @@ class SimpleTrainer(TrainerBase):
         self.evaluator = build_evaluator(cfg, lab2cname=self.lab2cname)
         self.best_result = -np.inf
 
-    def check_cfg(self, cfg):
+    def check_cfg(self, cfg) -> None:
         """For a trainer to raise ValueError on settings that it cannot work with."""
 
-    def build_data_loader(self):
+    def build_data_loader(self) -> None:
         self.dm = dm = DataManager(self.cfg)
         self.train_loader_x, self.train_loader_u = dm.train_loader_x, dm.train_loader_u
         self.val_loader, self.test_loader = dm.val_loader, dm.test_loader
         self.num_classes, self.num_source_domains, self.lab2cname = dm.num_classes, dm.num_source_domains, dm.lab2cname
 
-    def build_model(self):
+    def build_model(self) -> None:
         cfg = self.cfg
         print("Building model")
         self.model = SimpleNet(cfg, cfg.MODEL, self.num_classes)
@@ -216,18 +216,18 @@ class SimpleTrainer(TrainerBase):
         self.sched = build_lr_scheduler(self.optim, cfg.OPTIM)
         self.register_model("model", self.model, self.optim, self.sched)
 
-    def train(self):
+    def train(self) -> None:
         super().train(self.start_epoch, self.max_epoch)
 
-    def before_train(self):
+    def before_train(self) -> None:
         self.start_epoch = self.resume_model_if_exist(self.cfg.RESUME or self.output_dir)
         self.init_writer(os.path.join(self.output_dir, "tensorboard"))
         self.time_start = time.time()
 
-    def after_epoch(self):
+    def after_epoch(self) -> None:
         checkpoints.after_epoch(self)
 
-    def after_train(self):
+    def after_train(self) -> None:
         print("Finish training")
         if not self.cfg.TEST.NO_TEST:
             if self.cfg.TEST.FINAL_MODEL == "best_val":
@@ -240,7 +240,7 @@ class SimpleTrainer(TrainerBase):
         self.close_writer()
 
     @torch.no_grad()
-    def test(self, split=None):
+    def test(self, split=None) -> float:
         """Evaluate on "val" or "test" (default TEST.SPLIT; "test" where there is no val); returns the accuracy."""
         self.set_model_mode("eval")
         self.evaluator.reset()
@@ -258,13 +258,13 @@ class SimpleTrainer(TrainerBase):
             self.write_scalar(f"{split}/{name}", value, self.epoch)
         return next(iter(results.values()))
 
-    def model_inference(self, input):
+    def model_inference(self, input) -> torch.Tensor:
         return self.model(input)
 
-    def parse_batch_test(self, batch):
+    def parse_batch_test(self, batch) -> tuple[torch.Tensor, ...]:
         return batch["img"].to(self.device), batch["label"].to(self.device)
 
-    def get_current_lr(self, names=None):
+    def get_current_lr(self, names=None) -> float:
         return self._optims[self.get_model_names(names)[0]].param_groups[0]["lr"]
 
     def _run_batches(self, batches):
@@ -307,18 +307,18 @@ class SimpleTrainer(TrainerBase):
 class TrainerX(SimpleTrainer):
     """Learns from labelled images alone."""
 
-    def run_epoch(self):
+    def run_epoch(self) -> None:
         self.num_batches = len(self.train_loader_x)
         self._run_batches((batch,) for batch in self.train_loader_x)
 
-    def parse_batch_train(self, batch):
+    def parse_batch_train(self, batch) -> tuple[torch.Tensor, ...]:
         return batch["img"].to(self.device), batch["label"].to(self.device), batch["domain"].to(self.device)
 
 
 class TrainerXU(SimpleTrainer):
     """Learns from labelled and unlabelled batches side by side; TRAIN.COUNT_ITER says which loader counts."""
 
-    def run_epoch(self):
+    def run_epoch(self) -> None:
         sizes = {"train_x": len(self.train_loader_x), "train_u": len(self.train_loader_u)}
         sizes["smaller_one"] = min(sizes.values())
         if self.cfg.TRAIN.COUNT_ITER not in sizes:
@@ -327,7 +327,7 @@ class TrainerXU(SimpleTrainer):
         x, u = _endless(self.train_loader_x), _endless(self.train_loader_u)
         self._run_batches((next(x), next(u)) for _ in range(self.num_batches))
 
-    def parse_batch_train(self, batch_x, batch_u):
+    def parse_batch_train(self, batch_x, batch_u) -> tuple[torch.Tensor, ...]:
         return batch_x["img"].to(self.device), batch_x["label"].to(self.device), batch_u["img"].to(self.device)
 
 

@@ -13,7 +13,7 @@ from spotlighter_plugin.errors import one_line
 from spotlighter_plugin.files import refuse_deleted, regular, write_aside
 
 
-def count_num_param(model=None, params=None):
+def count_num_param(model=None, params=None) -> int:
     """Number of scalars in a model's parameters, or in an iterable of tensors or optimizer groups."""
     if model is None and params is None:
         raise ValueError("count_num_param needs a model or params")
@@ -21,7 +21,7 @@ def count_num_param(model=None, params=None):
     return sum(p.numel() for p in tensors)
 
 
-def save_checkpoint(state, save_dir, is_best=False, remove_module_from_keys=True, model_name=""):
+def save_checkpoint(state, save_dir, is_best=False, remove_module_from_keys=True, model_name="") -> None:
     """Write `state` to `save_dir`/model.pth.tar-<epoch> (or `model_name`) and its name to `save_dir`/checkpoint.
 
     Raises: FloatingPointError (a tensor is not finite: nothing is written), OSError; one line.
@@ -40,7 +40,7 @@ def save_checkpoint(state, save_dir, is_best=False, remove_module_from_keys=True
         write_aside(os.path.join(save_dir, "model-best.pth.tar"), lambda file: torch.save(state, file))
 
 
-def require_finite(state_dict, what):
+def require_finite(state_dict, what) -> None:
     """Raise FloatingPointError, naming the first tensor that holds nan or inf; `what` comes of it."""
     for key, value in state_dict.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
@@ -51,7 +51,7 @@ def _without_module(state_dict):
     return {key.removeprefix("module."): value for key, value in state_dict.items()}
 
 
-def load_checkpoint(fpath):
+def load_checkpoint(fpath) -> dict:
     """The checkpoint in `fpath` as a dictionary with `state_dict` and `epoch`, on the CPU where there is no GPU.
 
     A bare state dict is taken for one, the prefix `module.` of parallel training left off. Tensors and plain values
@@ -135,12 +135,12 @@ _inert_pickle = types.SimpleNamespace(
 )
 
 
-def own_class_tokens(key):
+def own_class_tokens(key) -> bool:
     """Whether a tensor holds the model's own class names as tokens: another run's are never loaded."""
     return key.split(".")[-1].startswith(("token_prefix", "token_suffix"))
 
 
-def load_weights(module, state_dict, source, whole=False):
+def load_weights(module, state_dict, source, whole=False) -> None:
     """Load what a checkpoint has for `module`, apart from the tokens of its class names.
 
     Args:
@@ -177,7 +177,7 @@ def load_weights(module, state_dict, source, whole=False):
         raise ValueError(f"{source}: {one_line(error)}") from None
 
 
-def resume_from_checkpoint(fdir, model, optimizer=None, scheduler=None, fname=None):
+def resume_from_checkpoint(fdir, model, optimizer=None, scheduler=None, fname=None) -> int:
     """Load weights, optimizer and scheduler from `fdir`/`fname` (default: the last one saved); returns its epoch."""
     if fname is None:
         with open(os.path.join(fdir, "checkpoint"), encoding="utf-8") as file:
@@ -190,7 +190,7 @@ def resume_from_checkpoint(fdir, model, optimizer=None, scheduler=None, fname=No
     return checkpoint["epoch"]
 
 
-def load_progress(checkpoint, source, *parts):
+def load_progress(checkpoint, source, *parts) -> None:
     """Load the states of optimizer, scheduler (and scaler) from a checkpoint, where it has them.
 
     Raises: ValueError, one line: a state is another optimizer's, or damaged.
@@ -205,7 +205,7 @@ def load_progress(checkpoint, source, *parts):
                 ) from None
 
 
-def load_pretrained_weights(model, weight_path):
+def load_pretrained_weights(model, weight_path) -> None:
     """Copy what a checkpoint has of a model's tensors in their shapes, never class names' tokens; names the rest."""
     source = load_checkpoint(weight_path)["state_dict"]
     own = model.state_dict()
@@ -219,13 +219,13 @@ def load_pretrained_weights(model, weight_path):
         print(f"Left out (other name or shape, or class names' tokens): {left}")
 
 
-def open_all_layers(model):
+def open_all_layers(model) -> None:
     """Train everything."""
     model.train()
     model.requires_grad_(True)
 
 
-def open_specified_layers(model, open_layers):
+def open_specified_layers(model, open_layers) -> None:
     """Train only the named children; freeze the others and put them in evaluation mode."""
     wanted = [open_layers] if isinstance(open_layers, str) else list(open_layers)
     children = dict(model.named_children())
@@ -236,7 +236,7 @@ def open_specified_layers(model, open_layers):
         child.requires_grad_(name in wanted)
 
 
-def init_network_weights(model, init_type="normal", gain=0.02):
+def init_network_weights(model, init_type="normal", gain=0.02) -> None:
     """Initialise convolutions and linear layers (normal, xavier, kaiming, orthogonal); norms to one and zero."""
     fill = {
         "normal": lambda w: nn.init.normal_(w, 0.0, gain),

@@ -16,26 +16,26 @@ class Logger:
             os.makedirs(os.path.dirname(fpath) or ".", exist_ok=True)
             self.file = open(fpath, "w", encoding="utf-8")  # noqa: SIM115  (lives as long as the run)
 
-    def write(self, text):
+    def write(self, text) -> None:
         try:
             self.console.write(text)
         except UnicodeEncodeError:  # a console that knows ASCII alone
             self.console.write(text.encode("ascii", "backslashreplace").decode())
         self.note(text)
 
-    def note(self, text):
+    def note(self, text) -> None:
         """Write to the file alone."""
         if self.file:
             with self._naming():
                 self.file.write(text)
 
-    def flush(self):
+    def flush(self) -> None:
         self.console.flush()
         if self.file:
             with self._naming():
                 self.file.flush()
 
-    def close(self):
+    def close(self) -> None:
         """Close the file; the console belongs to the process and stays open."""
         file, self.file = self.file, None
         if file:
@@ -57,7 +57,7 @@ class Logger:
         return getattr(self.console, name)
 
 
-def setup_logger(output=None):
+def setup_logger(output=None) -> None:
     """From here on print() also goes to `output`/log.txt (or to `output` itself when it is a .txt or .log file).
 
     An existing log is kept: the new one gets the time in its name.
