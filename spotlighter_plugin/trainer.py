@@ -1,5 +1,6 @@
 """SpotlighterTrainerMixin: the plug-in in a Dassl trainer, whatever the host."""
 
+import os
 import os.path as osp
 import random
 import warnings
@@ -7,15 +8,20 @@ from collections import defaultdict
 from importlib import import_module
 
 import torch
+from dassl.engine import TrainerX
 from dassl.metrics import compute_accuracy
 from dassl.optim import build_lr_scheduler, build_optimizer
 from dassl.utils import load_checkpoint
 from torch import nn
 
 from .config import from_cfg
+from .hosts.generic import GenericAdapter
+from .method.invariance import undisturbed
 from .method.memory import SAY
 from .towers.clip import encode_prompts, load_clip, mixed_precision
 from .wrapper import SpotlighterWrapper
+
+NO_CHECK = "SPOTLIGHTER_NO_CHECK"  # an environment variable: attach without the check that it changes nothing
 
 
 class SpotlighterTrainerMixin:
@@ -40,17 +46,23 @@ class SpotlighterTrainerMixin:
         """The adapter of this run; a host whose adapter needs more than its model overrides this."""
         return self.adapter(host, class_names)
 
-    def build_model(self):
-        super().build_model()
+    def wrapped(self) -> SpotlighterWrapper:
+        """A wrapper around the host that has been built."""
         host = self.model.module if isinstance(self.model, nn.DataParallel) else self.model
-        class_names = list(self.dm.dataset.classnames)
-        config = from_cfg(self.cfg)
+        class_names, check = list(self.dm.dataset.classnames), NO_CHECK not in os.environ
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            model = SpotlighterWrapper(host, config, self.make_adapter(host, class_names), class_names)
+            adapter = self.make_adapter(host, class_names)
+            wrapper = SpotlighterWrapper(host, from_cfg(self.cfg), adapter, class_names, check)
         print(*(f"Note: {each.message}\n" for each in said), sep="", end="")
-        self.model = model.to(self.device)
-        added = self.model.extra_parameter_count()
+        if wrapper.invariance is not None:
+            print(f"With every token kept the host's logits differ by {wrapper.invariance:.1e} of their scale")
+        return wrapper.to(self.device)
+
+    def build_model(self):
+        super().build_model()
+        self.model = self.spotlighter = self.wrapped()
+        config, added = self.model.config, self.model.extra_parameter_count()
         print(f"Spotlighter adds {added:,} trainable parameters (mapping: {config.mapping})")
         optim = sched = None
         if added:
@@ -127,7 +139,10 @@ class SpotlighterTrainerMixin:
         from dassl.data.transforms import build_transform
 
         transform, size = build_transform(self.cfg, is_train=False), self.cfg.DATALOADER.TEST.BATCH_SIZE
-        shots, most = self.dm.dataset.train_x, 2 * self.model.config.match_shots * len(self.model.class_names)
+        shots, most = (
+            self.dm.dataset.train_x,
+            2 * self.spotlighter.config.match_shots * len(self.spotlighter.class_names),
+        )
         if len(shots) > most:  # PromptKD's unlabelled images, or NUM_SHOTS -1
             shots = random.Random(0).sample(shots, most)
         return build_data_loader(self.cfg, "SequentialSampler", shots, size, tfm=transform, is_train=False)
@@ -139,23 +154,23 @@ class SpotlighterTrainerMixin:
         shot of a class weighs the match with the others, before all are written down. A host that guesses its shots'
         labels was trained to say the same of them, so there the match is given a share of what the texts say.
         """
-        if not self.model.config.prototype_logits:
+        if not self.spotlighter.config.prototype_logits:
             return
         with torch.random.fork_rng(), mixed_precision(self.device, self._precision()):
             shots = self._filed_shots()
             if self._has_validation():
                 held_out = "validation split"
-                count = self.model.remember(shots())
-                right = self.model.calibrate(map(self.parse_batch_test, self.val_loader))
+                count = self.spotlighter.remember(shots())
+                right = self.spotlighter.calibrate(map(self.parse_batch_test, self.val_loader))
             else:
                 held_out = "held-out shots (there is no validation split)"
-                self.model.remember(_every_second(shots(), 0))
+                self.spotlighter.remember(_every_second(shots(), 0))
                 rest = _every_second(shots(), 1)
-                if self.model.adapter.guesses_labels:
+                if self.spotlighter.adapter.guesses_labels:
                     rest = ((images, None) for images, _ in rest)
-                right = self.model.calibrate(rest)
-                count = self.model.remember(shots())
-        weight = self.model.plugin.memory.weight.item()
+                right = self.spotlighter.calibrate(rest)
+                count = self.spotlighter.remember(shots())
+        weight = self.spotlighter.plugin.memory.weight.item()
         if right is not None:
             print(f"Match with {count} shots: weight {weight:.3g}, {100 * right:.1f} % of the {held_out} right")
         elif weight:
@@ -168,7 +183,7 @@ class SpotlighterTrainerMixin:
         def shots():
             for i, (images, labels) in enumerate(map(self.parse_batch_test, self.shot_loader())):
                 if i == len(classes):
-                    classes.append(self.model.adapter.assignment_labels(images, labels))
+                    classes.append(self.spotlighter.adapter.assignment_labels(images, labels))
                 yield images, classes[i]
 
         return shots
@@ -196,6 +211,51 @@ class SpotlighterTrainerMixin:
             if optim is not None and any(p.grad is not None for group in optim.param_groups for p in group["params"]):
                 scaler.step(optim)
         scaler.update()
+
+
+class SpotlighterAttachedMixin(SpotlighterTrainerMixin):
+    """Put in front of any trainer with an image encoder: ``class TCPSpotlighter(SpotlighterAttachedMixin, TCP)``.
+
+    The host is built, trained, saved and loaded by its own code, and Spotlighter is attached to the result: it keeps
+    the host's logits, computed from the tokens that matter, and adds what the memory of the shots says.
+    """
+
+    adapter = GenericAdapter
+
+    def __init__(self, cfg):
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.TRAINER.NAME = type(self).__name__.removesuffix("Spotlighter")  # hosts look at it
+        cfg.freeze()
+        super().__init__(cfg)
+
+    def make_adapter(self, host, class_names):
+        return self.adapter(host, class_names, super(SpotlighterTrainerMixin, self).model_inference)
+
+    def build_model(self):
+        super(SpotlighterTrainerMixin, self).build_model()
+        self.spotlighter = self.wrapped()
+        self.register_model(self.folder, self.spotlighter.plugin)
+        print(f"Spotlighter is attached to {self.cfg.TRAINER.NAME}, which is trained by its own step")
+
+    def before_train(self):
+        super(SpotlighterTrainerMixin, self).before_train()
+
+    def forward_backward(self, batch):
+        return super(SpotlighterTrainerMixin, self).forward_backward(batch)
+
+    def model_inference(self, images):
+        return self.spotlighter(images)
+
+    def test(self, split=None):
+        return TrainerX.test(self, split)  # a host's own asks its model
+
+    def _remember(self):
+        with undisturbed(self.spotlighter.host):  # hosts keep texts in evaluation, and forget none in training
+            super()._remember()
+
+    def _precision(self):
+        return "fp32"  # the host's own forward sees to its own
 
 
 def _every_second(batches, which):

@@ -13,11 +13,12 @@ from .hosts import adapter_for
 from .hosts.base import HostAdapter
 from .method import losses
 from .method.classes import listed
+from .method.invariance import check_invariance
 from .method.memory import place_in_class
 from .method.objective import objective
 from .method.plugin import Plugin
 from .method.selector import Selector
-from .method.token_stream import TokenStream, check_tower
+from .method.token_stream import TokenStream
 from .pretrained import Pretrained
 
 
@@ -33,15 +34,16 @@ class SpotlighterWrapper(Pretrained, nn.Module):
         config: hyper-parameters; the default preset if None.
         adapter: an adapter of the caller's own; otherwise ``hosts.adapter_for`` finds one.
         class_names: names of the host's C classes in order.
+        check: whether to see, on one random batch, that with every token kept the host's logits stay what they are.
 
     Raises:
-        ValueError: an option does not suit the tower, the tower has no tokens, no adapter knows the host, or the names
-            are not as many as the host's classes.
+        ValueError: an option does not suit the tower, the tower has no tokens, no adapter knows the host, the names are
+            not as many as the host's classes, or the check fails.
     """
 
     _is_replica = False  # DataParallel sets it on its replicas
 
-    def __init__(self, host_model, config: SpotlighterConfig | None = None, adapter=None, class_names=None):
+    def __init__(self, host_model, config: SpotlighterConfig | None = None, adapter=None, class_names=None, check=True):
         super().__init__()
         self.config = config = config or SpotlighterConfig()
         class_names = listed(class_names)
@@ -52,15 +54,26 @@ class SpotlighterWrapper(Pretrained, nn.Module):
             raise ValueError(f"class_names has {len(self.class_names)} names and the host {n_classes} classes")
         if config.idle():
             warnings.warn(f"{', '.join(config.idle())}: nothing reads it beside the other options", stacklevel=2)
-        vision = self.adapter.vision
-        check_tower(vision)
-        cuts = config.cuts(len(vision.positional_embedding) - 1, len(vision.transformer.resblocks))
+        if self.adapter.gives_logits and config.mapping != "none":
+            raise ValueError(
+                f"TRAINER.SPOTLIGHTER.MAPPING = {config.mapping!r}: {type(host_model).__name__} keeps its own logits, "
+                "which a mapping would replace; take PRESET default or fast"
+            )
+        layout = self.adapter.layout
+        cuts = config.cuts(layout.n_tokens, len(layout.blocks))
         self.host = host_model
-        self.stream = TokenStream(vision, *(block for block, _ in cuts))
+        self.stream = TokenStream(layout, *(block for block, _ in cuts))
         self._kept_early = [kept for _, kept in cuts[:-1]]
-        width, heads = vision.proj.shape[0], self.stream.block.attn.num_heads
-        self.plugin = Plugin(config, self.class_names, cuts[0][1], width, self.adapter.dim, heads)
-        self.plugin.to(vision.proj.device).train(host_model.training)
+        self.plugin = Plugin(config, self.class_names, cuts[0][1], layout.width, self.adapter.dim, layout.heads)
+        self.plugin.to(layout.device).train(host_model.training)
+        self.invariance: float | None = None
+        """By how much the host's logits changed, relative to their scale, when every token was kept; if checked."""
+        if check:
+            try:
+                self.invariance = check_invariance(self.stream, self.adapter, [kept for _, kept in cuts])
+            except ValueError:
+                self.detach()
+                raise
         self.kept: Tensor | None = None
         """Indices (B, k) in 0…N-1 of the tokens that the latest call kept, best first; for readers alone."""
         self.unreached: set[str] = set()
@@ -92,6 +105,10 @@ class SpotlighterWrapper(Pretrained, nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor | None = None, extras: dict | None = None):
         adapter = self._adapter()
+        if labels is not None and adapter.gives_logits:
+            raise ValueError(
+                f"{type(self.host).__name__} is trained by its own step: train it without the wrapper, then remember"
+            )
         raw_text, batch = self._begin(adapter, images, labels)
         image = self._encode(adapter, batch)  # (B, d)
         with torch.autocast(images.device.type, enabled=False):
@@ -209,7 +226,8 @@ class SpotlighterWrapper(Pretrained, nn.Module):
 
         raw_text, text = constant("texts", texts, adapter.train_text)  # (C, d) both
         scale = adapter.logit_scale.float()
-        batch = Selector(self.config, plugin, adapter.vision, adapter.project, constant, images, text, scale)
+        batch = Selector(self.config, plugin, adapter.layout, adapter.project, constant, images, text, scale)
+        batch.bias = adapter.logit_bias
         batch.describes = memory is not None and memory.is_ready
         if labels is not None:
             batch.wants = frozenset(name for name in self.config.losses if self.config.weight_of(name) > 0)
@@ -220,7 +238,8 @@ class SpotlighterWrapper(Pretrained, nn.Module):
 
     def _encode(self, adapter, batch: Selector) -> Tensor:
         """One pass through the tower: v before normalization, (B, d)."""
-        with self.stream.selecting(*batch.choices(self._kept_early), vision=batch.vision) as tower:
-            image = batch.image(adapter.encode_image(batch.images), tower)
+        with self.stream.selecting(*batch.choices(self._kept_early), layout=batch.layout) as tower:
+            image, batch.own_logits = adapter.classify(batch.images)
+            image = batch.image(image, tower)
         self.kept = batch.kept
         return image

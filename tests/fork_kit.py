@@ -56,10 +56,10 @@ FORKS = {
 }
 
 
-def save_clip(path, embed, vision, text):
+def save_clip(path, embed, vision, text, size=32, patch=8):
     """Write the state of a CLIP with random weights: 16 tokens of 8 pixels, two blocks, the whole vocabulary."""
     torch.manual_seed(0)
-    model = CLIP(embed, 32, 2, vision, 8, 77, 49408, text, text // 64, 2)
+    model = CLIP(embed, size, 2, vision, patch, 77, 49408, text, text // 64, 2)
     torch.save({key: value.half() for key, value in model.state_dict().items()}, path)
 
 
@@ -77,19 +77,36 @@ def make(name, folder):
         teacher.mkdir(parents=True)
         state = {"prompt_learner.ctx": torch.randn(4, 64) * 0.02}
         torch.save({"state_dict": state, "epoch": 1}, teacher / "model-best.pth.tar")
-    else:  # downloaded from a URL that holds its checksum
-        checksum = hashlib.sha256((folder / "clip.pt").read_bytes()).hexdigest()
-        (folder / checksum).mkdir()
-        shutil.move(folder / "clip.pt", folder / checksum / "ViT-B-16.pt")
-        code = copy / "clip/clip.py"
-        url = (folder / checksum / "ViT-B-16.pt").as_uri()
+    else:
+        provide_weights(folder / "clip.pt", copy, folder)
+    provide_pictures(folder)
+    return copy
+
+
+def provide(copy, folder, size, patch):
+    """Weights of the widths that hosts take for granted where any fork looks for them, and the data set."""
+    save_clip(folder / "clip.pt", 512, 768, 512, size, patch)
+    provide_weights(folder / "clip.pt", copy, folder)
+    provide_pictures(folder)
+
+
+def provide_weights(weights, copy, folder):
+    """Let a fork's clip find the weights: they are downloaded from a URL that holds their checksum."""
+    checksum = hashlib.sha256(weights.read_bytes()).hexdigest()
+    (folder / checksum).mkdir()
+    shutil.move(weights, folder / checksum / "ViT-B-16.pt")
+    url = (folder / checksum / "ViT-B-16.pt").as_uri()
+    for code in copy.glob("clip*/clip.py"):
         code.write_text(re.sub(r'("ViT-B/16": )".*"', rf'\1"{url}"', code.read_text()))
+
+
+def provide_pictures(folder):
+    """A data set in `folder`/data."""
     for texture, colour in CLASSES.items():
         for i in range(8):
             path = folder / f"data/dtd/images/{texture}/{texture}_{i}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (32 + i, 32), colour).save(path)
-    return copy
 
 
 def execute(copy, *command):

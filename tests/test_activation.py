@@ -16,6 +16,7 @@ from spotlighter_plugin.method.activation import (
     standardise,
     top_tokens,
 )
+from spotlighter_plugin.method.layout import layout_of
 
 score_tables = st.integers(1, 4).flatmap(
     lambda batch: st.integers(2, 12).flatmap(
@@ -89,8 +90,9 @@ def test_with_one_class_that_class_is_matched_and_classes_without_prototypes_nev
 
 
 def test_host_prompts_behind_the_tokens_take_attention_but_are_never_candidates():
-    block = random_clip().visual.transformer.resblocks[0]
-    hidden = torch.randn(1 + N_TOKENS + 4, 2, WIDTH)
-    score = attention_score(hidden, block, N_TOKENS)
-    assert score.shape == (2, N_TOKENS)
-    assert (score.sum(-1) < attention_score(hidden[: 1 + N_TOKENS], block, N_TOKENS).sum(-1)).all()
+    layout, hidden = layout_of(random_clip().visual), torch.randn(1 + N_TOKENS + 4, 2, WIDTH)
+
+    def of_patches(hidden):
+        return attention_score(*layout.looks(0, hidden))[:, 1 : 1 + N_TOKENS].sum(-1)
+
+    assert (of_patches(hidden) < of_patches(hidden[: 1 + N_TOKENS])).all()

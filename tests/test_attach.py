@@ -66,7 +66,7 @@ def contents(folder):
 
 def run(capsys, folder, **options):
     capsys.readouterr()
-    attach.command(folder, **{"dry_run": False, "detach": False, **options})
+    attach.command(folder, **{"trainer": None, "dry_run": False, "detach": False, **options})
     return capsys.readouterr().out
 
 
@@ -197,7 +197,7 @@ def test_a_fork_that_differs_is_left_alone_and_told_the_lines_to_add(tmp_path, g
         text = text.replace(gone, "from trainers import (\n    zeroshot,\n)")
     script.write_text(text.replace("from dassl", "from .dassl") if gone == "from dassl" else text.replace(gone, ""))
     with refused_and_untouched(folder, "differs from upstream's and is left as it is. Add by hand: .*extend_cfg"):
-        attach.command(folder)
+        attach.command(folder, None)
 
 
 def test_a_fork_patched_by_hand_is_left_alone(tmp_path):
@@ -205,31 +205,82 @@ def test_a_fork_patched_by_hand_is_left_alone(tmp_path):
     script = folder / "train.py"
     script.write_text(script.read_text() + "import trainers.my_spotlighter\n")
     with refused_and_untouched(folder, r"train.py:16 was patched by hand \(import trainers.my_spotlighter\)"):
-        attach.command(folder)
+        attach.command(folder, None)
 
 
 def test_a_trainer_of_that_name_that_is_not_ours_is_left_alone(tmp_path, capsys):
     folder = miniature(tmp_path / "fork", "CoOp")
     (folder / "trainers/coop_spotlighter.py").write_text("# mine\n")
     with refused_and_untouched(folder, "coop_spotlighter.py is there already and is not Spotlighter's"):
-        attach.command(folder)
+        attach.command(folder, None)
     assert "left as it is" in run(capsys, folder, detach=True)
     assert (folder / "trainers/coop_spotlighter.py").read_text() == "# mine\n"
 
 
 def test_what_is_no_fork_is_refused_in_one_line(tmp_path):
     with pytest.raises(FileNotFoundError, match="absent: no such folder"):
-        attach.command(tmp_path / "absent")
-    with refused_and_untouched(tmp_path, "is no fork of CoOp, MaPLe, PromptKD or CLIPFit: it has no train.py$"):
-        attach.command(tmp_path)
+        attach.command(tmp_path / "absent", None)
+    with refused_and_untouched(tmp_path, "is no fork of CoOp or of its descendants: it has no train.py; a library"):
+        attach.command(tmp_path, None)
     folder = miniature(tmp_path / "outer" / "fork", "CoOp")
     with refused_and_untouched(tmp_path, "did you mean .*fork"):
-        attach.command(tmp_path / "outer")
-    (folder / "trainers/coop.py").write_text("@TRAINER_REGISTRY.register()\nclass VPT(TrainerX):\n    pass\n")
-    with refused_and_untouched(tmp_path, "is no fork of .*: its train.py imports VPT"):
-        attach.command(folder)
+        attach.command(tmp_path / "outer", None)
+    (folder / "trainers/coop.py").write_text("class VPT:\n    pass\n")
+    with refused_and_untouched(tmp_path, "is no fork of .*: its train.py imports no trainer .*your_own_host.md"):
+        attach.command(folder, None)
     with pytest.raises(ValueError, match="is Spotlighter itself"):
-        attach.command(ROOT)
+        attach.command(ROOT, None)
+
+
+def descendant(folder, *names, package="trainers"):
+    """A miniature fork with further trainers, one a module, all imported by train.py."""
+    folder = miniature(folder, "CoOp")
+    (folder / package).mkdir(exist_ok=True)
+    for name in names:
+        code = f"@TRAINER_REGISTRY.register()\nclass {name}(TrainerX):\n    pass\n"
+        (folder / package / f"{name.lower()}.py").write_text(code)
+    script, lines = folder / "train.py", "".join(f"import {package}.{name.lower()}\n" for name in names)
+    script.write_text(script.read_text().replace("import trainers.zeroshot\n", f"import trainers.zeroshot\n{lines}"))
+    return folder
+
+
+def test_a_trainer_that_nobody_foresaw_is_named_and_gets_a_file_of_its_own(tmp_path, capsys):
+    folder = descendant(tmp_path / "fork", "KgCoOp", "ProGrad")
+    before = contents(folder)
+    assert "also there: KgCoOp, ProGrad (--trainer NAME)" in run(capsys, folder, dry_run=True)
+    said = run(capsys, folder, trainer="KgCoOp")
+    assert "KgCoOp is trained by its own step (trainers.kgcoop)" in said and "--trainer KgCoOpSpotlighter" in said
+    written = (folder / "trainers/kgcoop_spotlighter.py").read_text()
+    assert 'class KgCoOpSpotlighter(SpotlighterAttachedMixin, TRAINER_REGISTRY.get("KgCoOp")):' in written
+    lines = (folder / "train.py").read_text().splitlines()
+    assert lines[lines.index("import trainers.prograd") + 1] == "import trainers.kgcoop_spotlighter"
+    run(capsys, folder, trainer="prograd")
+    assert "nothing to do: attached already" in run(capsys, folder, trainer="KgCoOpSpotlighter")
+    run(capsys, folder)
+    assert (folder / "train.py").read_text().count("import spotlighter_plugin.forks") == 1
+    assert len(list(folder.glob("trainers/*_spotlighter.py"))) == 3
+    run(capsys, folder, detach=True)
+    assert contents(folder) == before
+
+
+def test_trainers_in_a_folder_of_another_name_are_found_there(tmp_path, capsys):
+    folder = descendant(tmp_path / "fork", "LASP", package="prompting")
+    shutil.rmtree(folder / "trainers")
+    script = folder / "train.py"
+    script.write_text(script.read_text().replace("import trainers.coop\nimport trainers.zeroshot\n", ""))
+    run(capsys, folder)
+    lines = script.read_text().splitlines()
+    assert lines[lines.index("import prompting.lasp") + 1] == "import prompting.lasp_spotlighter"
+    assert (folder / "prompting/lasp_spotlighter.py").is_file()
+
+
+def test_which_of_several_unknown_trainers_is_meant_has_to_be_said(tmp_path):
+    folder = descendant(tmp_path / "fork", "KgCoOp", "ProGrad")
+    (folder / "trainers/coop.py").unlink()
+    with refused_and_untouched(folder, "has the trainers KgCoOp, ProGrad: say which with --trainer"):
+        attach.command(folder, None)
+    with refused_and_untouched(folder, "has no trainer MMRL: take --trainer with one of KgCoOp, ProGrad"):
+        attach.command(folder, trainer="MMRL")
 
 
 @pytest.mark.parametrize("detach", [False, True])
@@ -253,7 +304,7 @@ def test_a_failure_on_the_way_leaves_the_fork_as_it_was(tmp_path, monkeypatch, c
     monkeypatch.setattr(os, "replace", failing(os.replace))
     monkeypatch.setattr(Path, "unlink", failing(Path.unlink) if detach else Path.unlink)
     with pytest.raises(PermissionError, match="Permission denied; nothing was changed"):
-        attach.command(folder, detach=detach)
+        attach.command(folder, None, detach=detach)
     assert contents(folder) == before
 
 
@@ -264,7 +315,7 @@ def test_a_read_only_fork_is_refused_in_one_line(tmp_path):
     for place in places:
         place.chmod(0o555)
     with refused_and_untouched(folder, "Permission denied; nothing was changed", PermissionError):
-        attach.command(folder)
+        attach.command(folder, None)
     for place in places:
         place.chmod(0o755)
 

@@ -10,6 +10,7 @@ from random_clips import random_clip
 from spotlighter_plugin.config import SpotlighterConfig
 from spotlighter_plugin.method import activation, losses
 from spotlighter_plugin.method.bank import SemanticMemoryBank, affinity, assign
+from spotlighter_plugin.method.layout import layout_of
 from spotlighter_plugin.method.mapping import FactoredText, LinearTRM, Mapping, match_texts
 
 B, C, P, K, D, W = 3, 5, 3, 4, 64, 128
@@ -103,7 +104,7 @@ def units(*shape, seed=0):
 
 def project(hidden, vision):
     """π, then unit length, as the wrapper does it."""
-    return torch.nn.functional.normalize(activation.read_out(hidden, vision), dim=-1)
+    return torch.nn.functional.normalize(layout_of(vision).read_out(hidden), dim=-1)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +131,7 @@ def test_equations_1_and_2_host_logits_are_scaled_cosines_of_the_two_encoders():
 
 def test_attention_score_is_cls_attention_averaged_over_heads(vision):
     block, hidden = vision.transformer.resblocks[1], random(1 + N_TOKENS + 2, B, W)
-    score = activation.attention_score(hidden, block, N_TOKENS)
+    score = activation.attention_score(*layout_of(vision).looks(1, hidden))[:, 1 : 1 + N_TOKENS]
     for b in range(B):
         normed = [layer_norm(f64(x), block.ln_1) for x in hidden[:, b]]
         expected = torch.zeros(N_TOKENS, dtype=torch.float64)
@@ -309,7 +310,7 @@ def literal_irm(prototypes, tokens, block, ffn):
 def test_equations_8_and_9_prototypes_look_at_tokens_through_the_blocks_attention_and_a_trained_ffn(vision):
     block, irm = vision.transformer.resblocks[2], full_mapping().irm
     prototypes, tokens = random(P, B, W), random(K, B, W)
-    refined = irm(prototypes, tokens, block)
+    refined = irm(prototypes, tokens, layout_of(vision), 2)
     for b in range(B):
         expected = literal_irm(f64(prototypes[:, b]), f64(tokens[:, b]), block, irm.feed_forward)
         close(refined[:, b], torch.stack(expected))

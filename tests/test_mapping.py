@@ -9,6 +9,7 @@ from method_kit import DIM, HEADS, MAPPINGS, WIDTH
 from random_clips import random_clip
 
 from spotlighter_plugin.config import SpotlighterConfig
+from spotlighter_plugin.method.layout import layout_of
 from spotlighter_plugin.method.mapping import DenseText, FactoredText, Mapping
 
 
@@ -43,9 +44,7 @@ def test_texts_start_at_the_hosts(name):
 def test_refined_prototypes_are_read_out_with_weight_zero_at_first(name):
     made = mapping(name)
     assert made.readout_weight == 0
-    refined = made.irm(
-        torch.randn(3, 2, WIDTH), torch.randn(4, 2, WIDTH), random_clip().visual.transformer.resblocks[0]
-    )
+    refined = made.irm(torch.randn(3, 2, WIDTH), torch.randn(4, 2, WIDTH), layout_of(random_clip().visual), 0)
     assert refined.shape == (3, 2, WIDTH)
 
 

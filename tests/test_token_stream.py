@@ -9,7 +9,8 @@ from method_kit import BLOCKS, N_TOKENS, WIDTH, some_images
 from random_clips import random_clip
 from torch import nn
 
-from spotlighter_plugin.method.token_stream import TokenStream, check_tower
+from spotlighter_plugin.method.layout import layout_of
+from spotlighter_plugin.method.token_stream import TokenStream
 
 
 class ListBlock(nn.Module):
@@ -163,5 +164,5 @@ def test_an_error_while_choosing_leaves_the_tower_as_it_was(vision):
 def test_a_resnet_is_refused_in_one_line():
     resnet = CLIP(32, 64, (1, 1, 1, 1), 16, None, 77, 100, 64, 1, 1).visual
     with pytest.raises(ValueError, match="ModifiedResNet, not a vision transformer.*ViT-B/16") as error:
-        check_tower(resnet)
+        layout_of(resnet)
     assert "\n" not in str(error.value)

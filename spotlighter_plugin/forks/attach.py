@@ -1,9 +1,10 @@
-"""`spotlighter attach DIR`: Spotlighter in a fork of CoOp, MaPLe, PromptKD or CLIPFit, and out of it again.
+"""`spotlighter attach DIR`: Spotlighter in a fork of CoOp or of one of its descendants, and out of it again.
 
 Attaching copies a trainer and its configuration and adds a few lines to train.py. These lines stand in patches/, one
 diff per upstream host that `git apply --unidiff-zero` takes, too. Its line numbers are right for the upstream commit
 alone, so `attach` goes by what follows them: the heading of a hunk says next to which line its lines belong, as a
 regular expression. Added lines and copied files are recognised by their text, so nothing has to be kept about a fork.
+A trainer that has no adapter of its own here is given a generic one, by the same lines.
 """
 
 import os
@@ -20,44 +21,18 @@ from ..compat import ROOT
 
 _HUNK = re.compile(r"@@ .+ @@ (before the first|after the first|after the last) line that matches (.+)")
 _REGISTERED = re.compile(r"^@TRAINER_REGISTRY\.register\(\)\s*^class\s+(\w+)", re.M)
+SUFFIX = "Spotlighter"
+GENERIC = '''"""{name} with Spotlighter: trained by its own step, with Spotlighter attached to the result."""
+
+from dassl.engine import TRAINER_REGISTRY
+
+from spotlighter_plugin.trainer import SpotlighterAttachedMixin
 
 
-@dataclass(frozen=True)
-class Host:
-    """An upstream host, the names under which forks register its trainer, and what it is given."""
-
-    name: str
-    registered: tuple[str, ...]
-
-    @property
-    def trainer(self) -> str:
-        return f"{self.name}Spotlighter"
-
-    @property
-    def module(self) -> str:
-        return f"{self.name.lower()}_spotlighter"
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        """What is copied, as paths both here and in the fork."""
-        return f"trainers/{self.module}.py", f"configs/trainers/{self.trainer}/vit_b16.yaml"
-
-    def read(self, path: str) -> bytes:
-        """A file of this repository."""
-        if not (ROOT / path).is_file():
-            raise FileNotFoundError(f"{ROOT / path} is missing: install Spotlighter with pip install -e REPOSITORY")
-        return (ROOT / path).read_bytes()
-
-    @property
-    def insertions(self) -> list["Insertion"]:
-        """The hunks of the host's diff."""
-        found = []
-        for line in self.read(f"patches/{self.name.lower()}.diff").decode().splitlines():
-            if hunk := _HUNK.fullmatch(line):
-                found.append(Insertion(*hunk.groups(), lines=[]))
-            elif line.startswith("+") and found:
-                found[-1].lines.append(line[1:])
-        return found
+@TRAINER_REGISTRY.register()
+class {name}Spotlighter(SpotlighterAttachedMixin, TRAINER_REGISTRY.get("{name}")):
+    pass
+'''
 
 
 @dataclass(frozen=True)
@@ -76,20 +51,59 @@ class Insertion:
         return found[0] if self.where == "before the first" else found[-1 if "last" in self.where else 0] + 1
 
 
+@dataclass(frozen=True)
+class Host:
+    """A trainer in a fork: by which of our hosts it is known, under which name and in which module it is registered."""
+
+    known: str | None
+    registered: str
+    module: str
+
+    @property
+    def trainer(self) -> str:
+        return f"{self.known or self.registered}{SUFFIX}"
+
+    @property
+    def ours(self) -> str:
+        """The module of the fork that is to hold our trainer."""
+        return f"{self.module.rpartition('.')[0]}.{(self.known or self.registered).lower()}_spotlighter"
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """What is written, by path in the fork."""
+        path = f"{self.ours.replace('.', '/')}.py"
+        if self.known is None:
+            return {path: GENERIC.format(name=self.registered).encode()}
+        config = f"configs/trainers/{self.trainer}/vit_b16.yaml"
+        return {path: _read(f"trainers/{path.rpartition('/')[2]}"), config: _read(config)}
+
+    @property
+    def insertions(self) -> list[Insertion]:
+        """The hunks of the host's diff; CoOp's, with this trainer's module, for a generic one."""
+        found = []
+        for line in _read(f"patches/{(self.known or 'CoOp').lower()}.diff").decode().splitlines():
+            if hunk := _HUNK.fullmatch(line):
+                where, anchor = hunk.groups()
+                found.append(Insertion(where, anchor.replace("trainers", self.ours.rpartition(".")[0]), lines=[]))
+            elif line.startswith("+") and found:
+                found[-1].lines.append(re.sub(r"trainers\.\w+_spotlighter", self.ours, line[1:]))
+        return found
+
+
 # A fork has the trainers of what it was forked from: the youngest comes first.
-HOSTS = (
-    Host("PromptKD", ("PromptKD",)),
-    Host("MaPLe", ("MaPLe",)),
-    Host("CLIPFit", ("ClipFit", "CLIPFit")),
-    Host("CoOp", ("CoOp",)),
-)
+KNOWN = {"PromptKD": ("PromptKD",), "MaPLe": ("MaPLe",), "CLIPFit": ("ClipFit", "CLIPFit"), "CoOp": ("CoOp",)}
 
 
-def recognise(folder: Path) -> tuple[Host, str]:
-    """The host that the fork in `folder` adds, and the module of the fork that registers it.
+def known_as(registered: str) -> str | None:
+    """By which of our hosts a registered trainer is known."""
+    return next((name for name, names in KNOWN.items() if registered in names), None)
+
+
+def hosts_in(folder: Path) -> list[Host]:
+    """The trainers that the train.py in `folder` imports: those that are known, youngest first, then the others.
 
     Raises:
-        ValueError: the folder holds no such fork; the line says what was looked for and what is there.
+        FileNotFoundError, ValueError: there is no such folder, or no train.py that imports a trainer.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
@@ -97,18 +111,44 @@ def recognise(folder: Path) -> tuple[Host, str]:
         raise ValueError(f"{folder} is Spotlighter itself, whose trainers are there already: name a fork")
     if not (folder / "train.py").is_file():
         below = next(folder.glob("*/train.py"), None)
-        hint = f"; did you mean {below.parent}?" if below else ""
-        raise ValueError(f"{folder} is no fork of CoOp, MaPLe, PromptKD or CLIPFit: it has no train.py{hint}")
-    script, trainers = (folder / "train.py").read_text(errors="replace"), {}
-    for path in sorted((folder / "trainers").glob("*.py")):
-        if re.search(rf"^(from|import) trainers\b.*\b{path.stem}\b", script, re.M):
-            trainers |= dict.fromkeys(_REGISTERED.findall(path.read_text(errors="replace")), f"trainers.{path.stem}")
-    for host in HOSTS:
-        for name in host.registered:
-            if name in trainers:
-                return host, trainers[name]
-    there = f"its train.py imports {', '.join(sorted(trainers))}" if trainers else "its train.py imports no trainer"
-    raise ValueError(f"{folder} is no fork of CoOp, MaPLe, PromptKD or CLIPFit: {there}")
+        hint = f"did you mean {below.parent}?" if below else "a library's CLIP is wrapped in Python (README.md)"
+        raise ValueError(f"{folder} is no fork of CoOp or of its descendants: it has no train.py; {hint}")
+    script, found = (folder / "train.py").read_text(errors="replace"), []
+    for path in sorted(folder.glob("*/*.py")):
+        package, imports = path.parent.name, r"^(from|import)\s+{}\b"
+        beside = path.with_name("__init__.py")
+        whole = re.search(rf"^import\s+{package}\s*$", script, re.M) and beside.is_file()
+        if re.search(imports.format(package) + rf".*\b{path.stem}\b", script, re.M) or (
+            whole and re.search(rf"\b{path.stem}\b", beside.read_text(errors="replace"))
+        ):
+            names = _REGISTERED.findall(path.read_text(errors="replace"))
+            found += [Host(known_as(name), name, f"{package}.{path.stem}") for name in names]
+    found = [host for host in found if not host.registered.endswith(SUFFIX)]
+    if not found:
+        raise ValueError(
+            f"{folder} is no fork of CoOp or of its descendants: its train.py imports no trainer that Dassl registers; "
+            "wrap the model in Python (docs/your_own_host.md)"
+        )
+    return sorted(found, key=lambda host: (*KNOWN, None).index(host.known))
+
+
+def choose(folder: Path, trainer: str | None) -> Host:
+    """The host that the fork's trainer of that name is, or the youngest that is known.
+
+    Raises:
+        ValueError: there is no such trainer, or nobody said which of several.
+    """
+    hosts = hosts_in(folder)
+    names = ", ".join(host.registered for host in hosts)
+    if trainer is not None:
+        wanted = trainer.removesuffix(SUFFIX).lower()
+        for host in hosts:
+            if wanted in (host.registered.lower(), (host.known or "").lower()):
+                return host
+        raise ValueError(f"{folder} has no trainer {trainer}: take --trainer with one of {names}")
+    if hosts[0].known is None and len(hosts) > 1:
+        raise ValueError(f"{folder} has the trainers {names}: say which with --trainer")
+    return hosts[0]
 
 
 def plan_attach(folder: Path, host: Host) -> dict[Path, bytes | None]:
@@ -118,44 +158,53 @@ def plan_attach(folder: Path, host: Host) -> dict[Path, bytes | None]:
         ValueError: train.py differs from upstream's or was patched by hand, or a file is in the way.
     """
     changes = {}
-    for name in host.files:
-        path, content = folder / name, host.read(name)
+    for name, content in host.files.items():
+        path = folder / name
         if path.is_file() and path.read_bytes() != content:
             raise ValueError(f"{path} is there already and is not Spotlighter's present one: move it away first")
         if not path.is_file():
             changes[path] = content
     script = folder / "train.py"
     lines, newline = _read_lines(script)
-    ours = [line for insertion in host.insertions for line in insertion.lines]
-    present = [line for line in ours if line in lines]
-    if present != ours:
-        number = next((n for n, line in enumerate(lines, 1) if "spotlighter" in line.lower()), None)
-        if number:
-            raise ValueError(
-                f"{script}:{number} was patched by hand ({lines[number - 1].strip()}): take what is Spotlighter's "
-                f"out, or complete them: {_by_hand(host)}"
-            )
-        changes[script] = _inserted(script, lines, newline, host)
+    known = {line for each in hosts_in(folder) for insertion in each.insertions for line in insertion.lines}
+    number = next((n for n, line in enumerate(lines, 1) if "spotlighter" in line.lower() and line not in known), None)
+    missing = [Insertion(i.where, i.anchor, [x for x in i.lines if x not in lines]) for i in host.insertions]
+    missing = [insertion for insertion in missing if insertion.lines]
+    if missing and number:
+        raise ValueError(
+            f"{script}:{number} was patched by hand ({lines[number - 1].strip()}): take what is Spotlighter's "
+            f"out, or complete them: {_by_hand(host)}"
+        )
+    if missing:
+        changes[script] = _inserted(script, lines, newline, host, missing)
     return changes
 
 
-def plan_detach(folder: Path, host: Host) -> tuple[dict[Path, bytes | None], list[str]]:
+def plan_detach(folder: Path) -> tuple[dict[Path, bytes | None], list[str]]:
     """What detaching writes (None: deletes), and a line about each thing that is left because it was changed."""
-    changes, left = {}, []
-    for name in host.files:
-        path = folder / name
-        if path.is_file() and path.read_bytes() == host.read(name):
-            changes[path] = None
-        elif path.is_file():
-            left.append(f"{path}: changed since it was copied")
+    changes, left, ours = {}, [], set()
+    for host in hosts_in(folder):
+        ours |= {line for insertion in host.insertions for line in insertion.lines}
+        for name, content in host.files.items():
+            path = folder / name
+            if path.is_file() and path.read_bytes() == content:
+                changes[path] = None
+            elif path.is_file():
+                left.append(f"{path}: changed since it was copied")
     script = folder / "train.py"
     lines, newline = _read_lines(script)
-    ours = {line for insertion in host.insertions for line in insertion.lines}
     kept = [line for line in lines if line not in ours]
     if kept != lines:
         changes[script] = newline.join(kept).encode("latin-1")
     left += [f"{script}: {line.strip()}" for line in kept if "spotlighter" in line.lower()]
     return changes, left
+
+
+def _read(path: str) -> bytes:
+    """A file of this repository."""
+    if not (ROOT / path).is_file():
+        raise FileNotFoundError(f"{ROOT / path} is missing: install Spotlighter with pip install -e REPOSITORY")
+    return (ROOT / path).read_bytes()
 
 
 def _read_lines(path: Path) -> tuple[list[str], str]:
@@ -165,9 +214,9 @@ def _read_lines(path: Path) -> tuple[list[str], str]:
     return text.split(newline), newline
 
 
-def _inserted(script: Path, lines: list[str], newline: str, host: Host) -> bytes:
+def _inserted(script: Path, lines: list[str], newline: str, host: Host, insertions: list[Insertion]) -> bytes:
     differs = ValueError(f"{script} differs from upstream's and is left as it is. Add by hand: {_by_hand(host)}")
-    places = [(insertion.index(lines), insertion.lines) for insertion in host.insertions]
+    places = [(insertion.index(lines), insertion.lines) for insertion in insertions]
     if any(index is None for index, _ in places):
         raise differs
     for index, added in sorted(places, reverse=True):
@@ -181,8 +230,10 @@ def _inserted(script: Path, lines: list[str], newline: str, host: Host) -> bytes
 
 
 def _by_hand(host: Host) -> str:
-    files = " and ".join(f"copy {ROOT / name} to {name}" for name in host.files)
     lines = "; ".join(f"{i.where} line like `{i.anchor}`: {' | '.join(i.lines)}" for i in host.insertions)
+    if host.known is None:
+        return f"in train.py, {lines}; or change nothing: spotlighter run -- train.py --trainer {host.trainer} …"
+    files = " and ".join(f"copy {ROOT / name} to {name}" for name in host.files)
     return f"in train.py, {lines}; {files}"
 
 
@@ -249,14 +300,19 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def command(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a checkout of CoOp, MaPLe, PromptKD or CLIPFit")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a checkout of CoOp or of one of its descendants")],
+    trainer: Annotated[str | None, typer.Option(help="the fork's trainer; by default the youngest host known")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done, and do nothing")] = False,
-    detach: Annotated[bool, typer.Option("--detach", help="undo it")] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="undo it, for all trainers")] = False,
 ):
     """Put Spotlighter into a fork: its trainer, its configuration, and a few lines in the fork's train.py."""
-    host, module = recognise(folder)
-    changes, left = plan_detach(folder, host) if detach else (plan_attach(folder, host), [])
-    print(f"{folder}: a fork of {host.name} ({module})")
+    host = choose(folder, trainer)
+    changes, left = plan_detach(folder) if detach else (plan_attach(folder, host), [])
+    what = f"a fork of {host.known}" if host.known else f"{host.registered} is trained by its own step"
+    print(f"{folder}: {what} ({host.module})")
+    others = [each.registered for each in hosts_in(folder) if each != host]
+    if others and trainer is None and not detach:
+        print(f"  also there: {', '.join(others)} (--trainer NAME)")
     if not dry_run:
         commit(changes)
     for path, content in changes.items():
@@ -278,8 +334,9 @@ def command(
 
 
 def _example(host: Host) -> str:
-    config = host.files[1]
+    own = f"configs/trainers/{host.trainer}/vit_b16.yaml"
+    config = own if host.known else f"configs/trainers/{host.registered}/…  # its own"
     return (
         f"python train.py --root DATA --trainer {host.trainer} --dataset-config-file configs/datasets/dtd.yaml "
-        f"--config-file {config} --output-dir output/dtd DATASET.NUM_SHOTS 16"
+        f"--output-dir output/dtd --config-file {config}"
     )

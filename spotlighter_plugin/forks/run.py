@@ -1,7 +1,8 @@
-"""`spotlighter run -- train.py …`: a fork's own train.py, with Spotlighter's trainer registered, and no file changed.
+"""`spotlighter run -- train.py …`: a script of Dassl's with Spotlighter's trainers at hand, and no file changed.
 
-What `attach` writes into the fork happens in this process instead: the fixes of today.py before Dassl is imported, the
-options of TRAINER.SPOTLIGHTER in every configuration that Dassl makes, our trainer after the host's.
+What `attach` writes into a fork happens in this process instead: the fixes of today.py before Dassl is imported, the
+options of TRAINER.SPOTLIGHTER in every configuration that Dassl makes, and, for every trainer X that the script
+registers, a trainer XSpotlighter that is made when it is asked for.
 """
 
 import importlib
@@ -17,26 +18,26 @@ import typer
 
 from ..compat import ROOT
 from ..errors import one_line
-from .attach import Host, recognise
+from .attach import SUFFIX, known_as
+
+NO_CHECK = "SPOTLIGHTER_NO_CHECK"  # trainer.py has it, too, and imports torch
 
 
 def run_fork(argv: list[str]) -> None:
-    """Run a fork's script, argv[0], with the arguments that follow it, as `python` would.
+    """Run a script, argv[0], with the arguments that follow it, as `python` would.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such script, or its folder is no fork.
+        FileNotFoundError: there is no such script.
     """
     script = Path(argv[0])
     if not script.is_file():
         raise FileNotFoundError(f"{script}: no such file; run this in the fork's folder, as python {script} …")
-    host, module = recognise(script.parent)
     sys.argv = argv
     sys.path.insert(0, str(script.parent.resolve()))  # the fork's own clip, datasets and trainers come first
     from . import today  # noqa: F401
 
     _add_options()
-    importlib.import_module(module)  # registers the host
-    _import_trainer(host)
+    _offer_trainers()
     runpy.run_path(str(script), run_name="__main__")
 
 
@@ -46,26 +47,59 @@ def _add_options():
 
     from ..config import extend_cfg
 
-    original = dassl_config.get_cfg_default
+    original, clean = dassl_config.get_cfg_default, getattr(dassl_config, "clean_cfg", None)
 
     def get_cfg_default():
         cfg = original()
         extend_cfg(cfg)
         return cfg
 
-    dassl_config.get_cfg_default = get_cfg_default
+    def clean_cfg(cfg, trainer):  # throws away what is not this trainer's
+        clean(cfg, trainer)
+        extend_cfg(cfg)
+
+    dassl_config.get_cfg_default, dassl_config.clean_cfg = get_cfg_default, clean_cfg
 
 
-def _import_trainer(host: Host):
-    """Our file of the host's trainer, under the name that it would have in the fork, unless it is there already."""
-    name = f"trainers.{host.module}"
-    if importlib.util.find_spec(name):
-        importlib.import_module(name)
+def _offer_trainers():
+    """Let Dassl's registry have XSpotlighter for every trainer X, made when it is asked for."""
+    from dassl.engine import TRAINER_REGISTRY as registry
+
+    get, names = registry.get, registry.registered_names
+
+    def offered():
+        own = list(names())
+        made = [f"{known_as(name) or name}{SUFFIX}" for name in own if not name.endswith(SUFFIX)]
+        return list(dict.fromkeys([*own, *made]))
+
+    def made(name):
+        hosts = [each for each in names() if name in (f"{each}{SUFFIX}", f"{known_as(each)}{SUFFIX}")]
+        if hosts and name not in names():
+            _make(name, hosts[0], get(hosts[0]))
+        return get(name)
+
+    registry.get, registry.registered_names = made, offered
+
+
+def _make(name, host, trainer):
+    """Register our trainer of a host, from its file or generic."""
+    if known_as(host) is None:
+        from dassl.engine import TRAINER_REGISTRY as registry
+
+        from ..trainer import SpotlighterAttachedMixin
+
+        registry.register(type(name, (SpotlighterAttachedMixin, trainer), {}))
         return
-    host.read(host.files[0])  # says so where it is missing
-    spec = importlib.util.spec_from_file_location(name, ROOT / host.files[0])
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = f"trainers.{known_as(host).lower()}_spotlighter"
+    if importlib.util.find_spec(module):
+        importlib.import_module(module)
+        return
+    path = ROOT / f"{module.replace('.', '/')}.py"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: install Spotlighter with pip install -e REPOSITORY")
+    spec = importlib.util.spec_from_file_location(module, path)
+    sys.modules[module] = ours = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(ours)
 
 
 app = typer.Typer(add_completion=False)
@@ -74,10 +108,14 @@ app = typer.Typer(add_completion=False)
 @app.command(context_settings={"ignore_unknown_options": True})
 def command(
     arguments: Annotated[list[str], typer.Argument(metavar="-- train.py …", help="the fork's script and its flags")],
+    no_check: Annotated[
+        bool, typer.Option("--no-check", help="attach without the check that it changes nothing")
+    ] = False,
 ):
-    """Run a fork's train.py with Spotlighter's trainer at hand, without a change to the fork."""
+    """Run a fork's train.py with Spotlighter's trainers at hand, without a change to the fork."""
     # in an interpreter of its own: this one may hold another `clip` than the fork's
-    raise typer.Exit(subprocess.call([sys.executable, "-m", __name__, *arguments]))
+    env = {**os.environ, NO_CHECK: "1"} if no_check else None
+    raise typer.Exit(subprocess.call([sys.executable, "-m", __name__, *arguments], env=env))
 
 
 if __name__ == "__main__":

@@ -9,10 +9,15 @@ from .base import HostAdapter
 
 
 def all_adapters() -> list[type[HostAdapter]]:
-    """The adapters in this folder, by file name."""
+    """The adapters in this folder, by file name; the one that takes any host comes last."""
     for module in iter_modules(__path__):
         import_module(f"{__name__}.{module.name}")
-    return sorted(HostAdapter.__subclasses__(), key=lambda adapter: adapter.__module__)
+    kinds = [kind for kind in _below(HostAdapter) if kind.__module__ != HostAdapter.__module__]
+    return sorted(kinds, key=lambda kind: (kind.name == "generic", kind.__module__))
+
+
+def _below(kind):
+    return [each for child in kind.__subclasses__() for each in (child, *_below(child))]
 
 
 def adapter_for(model: nn.Module, class_names: list[str] | None = None) -> HostAdapter:

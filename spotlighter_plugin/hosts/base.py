@@ -1,7 +1,14 @@
 """What the plug-in asks of a host, and the answers that most CLIP prompt-tuning hosts share."""
 
+from collections.abc import Callable
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..method.layout import Layout, layout_of
+
+TEXT_CHUNK = 256  # texts that go through a text tower at once
 
 
 class HostAdapter:
@@ -21,11 +28,19 @@ class HostAdapter:
     """Whether t⁰ comes from hand-written prompts; if not, it is what ``encode_text`` gives at the first call."""
     guesses_labels = False
     """Whether ``assignment_labels`` guesses: images are filed by such labels, but the match is not judged by them."""
+    prompts_first = False
+    """Whether the host's prompts stand between CLS and the patches instead of behind the patches."""
+    logit_bias = 0.0
+    """What is added to all logits (SigLIP)."""
+    classifies = False
+    """Whether ``model(images)`` gives logits, which must be the cosines over τ of what this adapter encodes."""
+    gives_logits = False
+    """Whether ``classify`` gives the host's own logits, which stay as they are but for what the memory adds."""
 
     def __init__(self, model: nn.Module, class_names: list[str] | None = None):
         self.model = model
         self.class_names = list(class_names or map(str, range(self.n_classes)))
-        self._frozen_text = None
+        self._frozen_text = self._layout = None
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
@@ -38,13 +53,33 @@ class HostAdapter:
 
     @property
     def vision(self) -> nn.Module:
-        """The vision transformer, in OpenAI's layout."""
+        """The vision transformer, of a layout that is known (``method.layout``)."""
         return self.model.image_encoder
+
+    @property
+    def projection(self) -> nn.Module | Tensor | None:
+        """What leads from the vision transformer into the joint space, where that has no projection of its own."""
+        return None
+
+    @property
+    def layout(self) -> Layout:
+        """Where the vision transformer has its parts."""
+        if self._layout is None or self._layout.vision is not self.vision:
+            self._layout = layout_of(self.vision, self.projection)
+        self._layout.prompts_first = self.prompts_first
+        return self._layout
 
     @property
     def logit_scale(self) -> Tensor:
         """1/τ, a scalar."""
         return self.model.logit_scale.exp()
+
+    @property
+    def preprocess(self) -> Callable:
+        """What makes a tensor (3, h, w) of a picture of Pillow's, as the host was trained on."""
+        from clip.clip import _transform
+
+        return _transform(self.layout.image_size[0])
 
     def encode_text(self) -> Tensor:
         """Embeddings (C, d) of the host's present prompts, with gradient if they are trained, not normalized."""
@@ -54,15 +89,24 @@ class HostAdapter:
         """Embeddings (B, d) of images (B, 3, h, w) through the host's own path, not normalized."""
         return self.vision(images.type(self.model.dtype))
 
+    def classify(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``encode_image``, and the host's own logits (B, C) where these are more than cosines over τ."""
+        return self.encode_image(images), None
+
+    def host_logits(self, images: Tensor) -> Tensor | None:
+        """What the host itself says of images (B, 3, h, w), (B, C); None where it has no say beyond embeddings."""
+        return self.model(images) if self.classifies else None
+
     def project(self, joint: Tensor) -> Tensor:
         """From the tower's joint space to that of the texts (…, d); not the same where the host adds a projection."""
         return joint
 
     @property
+    @torch.no_grad()
     def dim(self) -> int:
         """d, width of the texts' space."""
-        vision = self.vision
-        return self.project(vision.proj.detach()[:1]).shape[-1]
+        layout = self.layout
+        return self.project(layout.read_out(layout.blank_state())).shape[-1]
 
     def set_frozen_text(self, text: Tensor) -> None:
         """Give t⁰: text embeddings (C, d) of the hand-written prompts through the frozen CLIP, of unit length."""
@@ -90,3 +134,39 @@ class HostAdapter:
     def assignment_labels(self, images: Tensor, labels: Tensor) -> Tensor:
         """Classes (B,) under which the memory bank files the images."""
         return labels
+
+
+class CLIPAdapter(HostAdapter):
+    """A CLIP as its library gives it: the class names in a hand-written prompt are its classes.
+
+    Args:
+        template: the prompt, with {} where a class name goes.
+        tokenizer: makes ids (C, T) of a list of texts; the library's own for this model if None.
+
+    Raises:
+        ValueError: there are no class names, or no tokenizer is found.
+    """
+
+    def __init__(self, model, class_names=None, template: str = "a photo of a {}.", tokenizer: Callable | None = None):
+        if not class_names:
+            raise ValueError("a plain CLIP knows no classes: pass class_names=[...]")
+        texts = [template.format(name.replace("_", " ")) for name in class_names]
+        self.tokens = (tokenizer or self.find_tokenizer(model))(texts)  # (C, T)
+        super().__init__(model, class_names)
+
+    @staticmethod
+    def find_tokenizer(model: nn.Module) -> Callable:
+        """The model's own tokenizer, list of texts → ids (C, T)."""
+        raise NotImplementedError
+
+    @property
+    def n_classes(self) -> int:
+        return len(self.tokens)
+
+    def encode_text(self) -> Tensor:
+        chunks = self.tokens.to(self.logit_scale.device).split(TEXT_CHUNK)
+        return torch.cat([self.encode_tokens(ids) for ids in chunks])
+
+    def encode_tokens(self, ids: Tensor) -> Tensor:
+        """Embeddings (C, d) of ids (C, T), not normalized."""
+        return self.model.encode_text(ids)

@@ -9,6 +9,8 @@ class CoOpAdapter(HostAdapter):
     name = "CoOp"
     looks_for = "prompt_learner.ctx with no prompts for the vision tower, image_encoder, text_encoder"
 
+    classifies = True
+
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
         parts = ("prompt_learner", "tokenized_prompts", "image_encoder", "text_encoder", "logit_scale")

@@ -9,6 +9,8 @@ class MaPLeAdapter(HostAdapter):
     name = "MaPLe"
     looks_for = "prompt_learner.compound_prompts_text and compound_prompt_projections, image_encoder, text_encoder"
 
+    classifies = True
+
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
         learner = getattr(model, "prompt_learner", None)

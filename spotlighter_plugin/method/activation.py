@@ -6,12 +6,9 @@ everything else has the batch first. Scores are (B, N) in float32.
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-
-def read_out(hidden: Tensor, vision: nn.Module) -> Tensor:
-    """π = proj ∘ ln_post: hidden states (…, w) seen in the tower's joint space (…, d)."""
-    return vision.ln_post(hidden) @ vision.proj.to(hidden.dtype)
+from .layout import Attention
 
 
 def expected_text(image: Tensor, text: Tensor, scale: Tensor | float) -> Tensor:
@@ -19,22 +16,18 @@ def expected_text(image: Tensor, text: Tensor, scale: Tensor | float) -> Tensor:
     return (scale * image @ text.T).softmax(-1) @ text
 
 
-def attention_score(hidden: Tensor, block: nn.Module, n_tokens: int) -> Tensor:
-    """CLS's attention to each patch token in ``block``, mean over heads: (S, B, w), CLS first → (B, N).
+def attention_score(query: Tensor, keys: Tensor, attention: Attention) -> Tensor:
+    """How much a query looks at each position, mean over heads: (B, w), (S, B, w), both normalized → (B, S).
 
     Keys are not formed: each head's query is taken back through W_k first.
     """
-    attention = block.attn
-    heads, width = attention.num_heads, hidden.shape[-1]
-    normed = block.ln_1(hidden).float()  # (S, B, w)
-    weight = attention.in_proj_weight.float()  # (3w, w)
-    bias = attention.in_proj_bias.float()  # (3w,)
-    query = F.linear(normed[0], weight[:width], bias[:width])  # (B, w)
-    query = query.unflatten(-1, (heads, -1)) * (width // heads) ** -0.5  # (B, H, w/H)
+    heads, width = attention.heads, query.shape[-1]
+    (to_query, bias), (to_key, _), _ = attention.projections()
+    asked = F.linear(query.float(), to_query.float(), bias.float())  # (B, w)
+    asked = asked.unflatten(-1, (heads, -1)) * (width // heads) ** -0.5  # (B, H, w/H)
     # q·(W_k x + b_k) = (W_kᵀ q)·x + constant, and softmax does not see the constant.
-    folded = torch.einsum("bhe,hew->bhw", query, weight[width : 2 * width].unflatten(0, (heads, -1)))  # (B, H, w)
-    weights = torch.einsum("bhw,sbw->bhs", folded, normed).softmax(-1)  # (B, H, S)
-    return weights.mean(1)[:, 1 : 1 + n_tokens]
+    folded = torch.einsum("bhe,hew->bhw", asked, to_key.float().unflatten(0, (heads, -1)))  # (B, H, w)
+    return torch.einsum("bhw,sbw->bhs", folded, keys.float()).softmax(-1).mean(1)  # (B, S)
 
 
 def lens_score(tokens: Tensor, target: Tensor) -> Tensor:

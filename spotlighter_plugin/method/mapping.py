@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .layout import Layout
+
 HEAD = 64  # width of an attention head in CLIP
 
 
@@ -107,11 +109,11 @@ class FrozenAttentionIRM(nn.Module):
         # 7/4 of the width gives, with Eq. 11's Linear, 2.6 M parameters on ViT-B/16.
         self.feed_forward = _feed_forward(width, 7 * width // 4)
 
-    def forward(self, prototypes: Tensor, tokens: Tensor, block: nn.Module) -> Tensor:
+    def forward(self, prototypes: Tensor, tokens: Tensor, layout: Layout, block: int) -> Tensor:
         """U_c* (P, B, w) and tokens (k, B, w) → Û (P, B, w)."""
-        keys = block.ln_1(tokens)
-        refined = prototypes + block.attn(block.ln_1(prototypes), keys, keys, need_weights=False)[0]  # T, Eq. 8
-        ffn = self.feed_forward(block.ln_2(refined).to(self.feed_forward[0].weight.dtype))
+        seen = layout.attentions[block](layout.ln_1(block, prototypes), layout.ln_1(block, tokens))
+        refined = prototypes + seen  # T, Eq. 8
+        ffn = self.feed_forward(layout.ln_2(block, refined).to(self.feed_forward[0].weight.dtype))
         return refined + ffn.to(refined.dtype)  # Eq. 9
 
 
@@ -124,12 +126,12 @@ class TransformerIRM(nn.Module):
         self.feed_forward = _feed_forward(width, 4 * width)
         _zero(self.attention.out_proj)
 
-    def forward(self, prototypes: Tensor, tokens: Tensor, block: nn.Module) -> Tensor:
+    def forward(self, prototypes: Tensor, tokens: Tensor, layout: Layout, block: int) -> Tensor:
         own = self.attention.in_proj_weight.dtype
-        keys = block.ln_1(tokens).to(own)
+        keys = layout.ln_1(block, tokens).to(own)
         refined = prototypes.to(own)
-        refined = refined + self.attention(block.ln_1(prototypes).to(own), keys, keys, need_weights=False)[0]
-        return (refined + self.feed_forward(block.ln_2(refined))).to(prototypes.dtype)
+        refined = refined + self.attention(layout.ln_1(block, prototypes).to(own), keys, keys, need_weights=False)[0]
+        return (refined + self.feed_forward(layout.ln_2(block, refined))).to(prototypes.dtype)
 
 
 class LinearIRM(nn.Module):
@@ -139,8 +141,8 @@ class LinearIRM(nn.Module):
         super().__init__()
         self.linear = _zero(nn.Linear(width, width))
 
-    def forward(self, prototypes: Tensor, tokens: Tensor, block: nn.Module) -> Tensor:
-        mean = block.ln_1(tokens).mean(0, keepdim=True).to(self.linear.weight.dtype)  # (1, B, w)
+    def forward(self, prototypes: Tensor, tokens: Tensor, layout: Layout, block: int) -> Tensor:
+        mean = layout.ln_1(block, tokens).mean(0, keepdim=True).to(self.linear.weight.dtype)  # (1, B, w)
         return prototypes + self.linear(mean).to(prototypes.dtype)
 
 

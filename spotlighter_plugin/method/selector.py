@@ -9,9 +9,10 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import activation
+from .layout import Layout
 from .memory import describe
 from .plugin import Plugin
 from .token_stream import Pass
@@ -29,16 +30,18 @@ class Selector:
         full: v⁰ before normalization, (B, d); in training.
         category: c*, (B,).
         refined: Û, (P, B, w).
+        own_logits: the host's own, (B, C), where it gives more than an embedding.
     """
 
     config: object
     plugin: Plugin
-    vision: nn.Module
+    layout: Layout
     to_texts: Callable[[Tensor], Tensor]  # from the tower's joint space to that of the texts
     constant: Callable[[str, Callable], Tensor]  # what stays the same while nothing is trained
     images: Tensor
     text: Tensor  # (C, d), unit length
     scale: Tensor  # 1/τ
+    bias: Tensor | float = 0.0  # added to every logit
     rows: Tensor | None = None  # (B,), the bank's row of each image; None at inference
     wants: frozenset[str] = frozenset()  # names of the losses to come
     describes: bool = False
@@ -49,6 +52,7 @@ class Selector:
     full: Tensor | None = None
     category: Tensor | None = None
     refined: Tensor | None = None
+    own_logits: Tensor | None = None
     _alive: Tensor | None = None  # (B, n) in 0…N-1, the tokens that earlier cuts left; None before any cut
     _fused: Tensor | None = None  # the token that stands for the dropped ones, (1, B, w)
 
@@ -73,7 +77,7 @@ class Selector:
             sample = self.sample_score(tower, hidden)  # (B, n)
             scores = activation.standardise(sample)
             if self.has_semantics:
-                every = hidden[1 : 1 + tower.n_now]  # (n, B, w)
+                every = tower.patches(hidden)  # (n, B, w)
                 scores = scores + activation.standardise(self.semantic_score(hidden, every))
             kept = activation.top_tokens(self._of_tokens(scores), config.top_k)  # tok^act, (B, k)
             dropped = scores, kept
@@ -102,12 +106,15 @@ class Selector:
     def image(self, image: Tensor, tower: Pass) -> Tensor:
         """v before normalization, (B, d) float32, of what the host made of the output; completes the description."""
         if self.describes:
-            self.described = describe(self.described, self.vision.ln_post(tower.output[0]))  # (B, m, D)
+            self.described = describe(self.described, self.layout.state(tower.output))  # (B, m, D)
         return self._readout(image, tower.output, self.refined)
 
     def logits(self, image: Tensor, tokens: Tensor | None) -> Tensor:
-        """cos(v, t^rep)/τ, and what the memory says of a described batch: (B, d), (B, k, d) → (B, C)."""
-        logits = self.scale * self.plugin.mapping.text(self.text, tokens, self.scale).cosine(image)
+        """cos(v, t^rep)/τ, or the host's own, and what the memory says if it is asked: (B, d), (B, k, d) → (B, C)."""
+        if self.own_logits is not None:
+            logits = self.own_logits.float()
+        else:
+            logits = self.scale * self.plugin.mapping.text(self.text, tokens, self.scale).cosine(image) + self.bias
         return self.plugin.memory.add_to(logits, self.described) if self.describes else logits
 
     # ----------------------------------------------------------------------------------------------------------- scores
@@ -117,9 +124,10 @@ class Selector:
         n = tower.n_now
         match self.config.activation:
             case "attention":
-                return activation.attention_score(hidden, tower.block, n)
+                scores = activation.attention_score(*self.layout.looks(tower.index, hidden))  # (B, S)
+                return scores[:, self.layout.n_lead :][:, :n]
             case "lens":
-                tokens = self.project(hidden[1 : 1 + n]).transpose(0, 1)  # (B, n, d)
+                tokens = self.project(tower.patches(hidden)).transpose(0, 1)  # (B, n, d)
                 return activation.lens_score(tokens, self._target(hidden))
             case "random":
                 return activation.random_score(activation.image_keys(self.images), n, self.config.seed)
@@ -142,21 +150,23 @@ class Selector:
 
     def project(self, hidden: Tensor) -> Tensor:
         """π to the texts' space, of unit length: (…, w) → (…, d), float32."""
-        return F.normalize(self.to_texts(activation.read_out(hidden, self.vision)).float(), dim=-1)
+        return F.normalize(self.to_texts(self.layout.read_out(hidden)).float(), dim=-1)
 
     def _target(self, hidden: Tensor) -> Tensor:
         """t̂ of each image, as CLS sees it on entering the block: (B, d)."""
-        return activation.expected_text(self.project(hidden[0]), self.text, self.scale)
+        return activation.expected_text(self.project(self.layout.summary(hidden)), self.text, self.scale)
 
     def _match_category(self, hidden: Tensor) -> Tensor:
-        return activation.match_category(self.project(hidden[0]), self.prototypes, self.plugin.bank.filled)
+        return activation.match_category(
+            self.project(self.layout.summary(hidden)), self.prototypes, self.plugin.bank.filled
+        )
 
     def _bank_is_read(self, hidden: Tensor) -> bool:
         """Whether anything reads the prototypes; L_local does where it reaches something that is trained."""
         if self.config.semantic_activation or self.plugin.mapping.irm is not None:
             return True
         with torch.enable_grad():
-            return "local" in self.wants and self.project(hidden[0, :1]).requires_grad
+            return "local" in self.wants and self.project(self.layout.summary(hidden[:, :1])).requires_grad
 
     # -------------------------------------------------------------------------------------------------------- sequences
 
@@ -169,7 +179,7 @@ class Selector:
         present = filled.unsqueeze(-1).to(prototypes.dtype)
         mean = (prototypes * present).sum(1, keepdim=True) / present.sum(1, keepdim=True)
         prototypes = torch.where(filled.unsqueeze(-1), prototypes, mean).transpose(0, 1).to(hidden.dtype)  # (P, B, w)
-        refined = self.plugin.mapping.irm(prototypes, tokens, tower.block)
+        refined = self.plugin.mapping.irm(prototypes, tokens, self.layout, tower.index)
         extra = refined if self.config.prototypes_in == "sequence" else None
         return tower.sequence(hidden, entering, extra), refined
 
@@ -185,8 +195,12 @@ class Selector:
         learns = (
             sequence.requires_grad
             or self.refined is not None
-            or any(parameter.requires_grad for block in tower.stages[-1] for parameter in block.parameters())
-            or any(parameter.requires_grad for parameter in self.vision.ln_post.parameters())
+            or any(
+                parameter.requires_grad
+                for block in self.layout.blocks[tower.index :]
+                for parameter in block.parameters()
+            )
+            or any(parameter.requires_grad for parameter in self.layout.norm.parameters())
         )
         if "kl_visual" in self.wants and learns:
             with torch.no_grad():
@@ -198,15 +212,15 @@ class Selector:
         if refined is None:
             return image
         if self.config.prototypes_in == "sequence":
-            refined = output[1 : 1 + len(refined)]  # Û as block L-1 leaves it
-        joint = self.to_texts(activation.read_out(refined, self.vision))  # (P, B, d)
+            refined = output[self.layout.n_lead :][: len(refined)]  # Û as block L-1 leaves it
+        joint = self.to_texts(self.layout.read_out(refined))  # (P, B, d)
         return image + self.plugin.mapping.readout_weight * joint.float().mean(0)
 
     def _describe(self, tower: Pass, hidden: Tensor, kept: Tensor) -> None:
         """At the first cut, the best tokens (B, m, w) as the block there sees them."""
         if self.describes and self.described is None:
             best = tower.tokens(hidden, kept[:, : self.config.match_tokens])  # (m, B, w)
-            self.described = tower.block.ln_1(best).transpose(0, 1)
+            self.described = self.layout.ln_1(tower.index, best).transpose(0, 1)
 
     def _of_tokens(self, scores: Tensor) -> Tensor:
         """Scores (B, n) without that of a token which stands for others: (B, n) or (B, n-1)."""
@@ -219,4 +233,4 @@ class Selector:
     def _fuse(self, tower: Pass, hidden: Tensor, scores: Tensor, kept: Tensor) -> Tensor | None:
         if not self.config.fuse_dropped or kept.shape[1] == scores.shape[1]:
             return None
-        return activation.fuse_dropped(hidden[1 : 1 + tower.n_now], scores, kept)
+        return activation.fuse_dropped(tower.patches(hidden), scores, kept)

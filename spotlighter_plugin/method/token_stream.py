@@ -10,35 +10,42 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from .layout import Layout, layout_of
+
 _THREAD = threading.local()  # .passes: those under way in this thread, so that calls in several threads never meet
 
 
 class TokenStream:
-    """Forward hooks on a CLIP vision transformer; the host's code and modules stay as they are.
+    """Forward hooks on a vision transformer's blocks; the host's code and modules stay as they are.
 
     Inside ``selecting(…, choose)`` the tower hands the sequence that enters block s to ``choose`` and goes on with what
     ``choose`` returns. Earlier blocks before which tokens are replaced have a choice each, in front of ``choose``.
     Outside ``selecting``, and in every other thread, the tower is the host's own, bit for bit.
 
     Args:
-        vision: module with ``conv1, positional_embedding, transformer.resblocks, ln_post, proj`` (OpenAI's layout).
+        layout: where the tower has its parts, or a tower whose layout is known.
         blocks: indices in [0, L), ascending, of the blocks before which tokens are replaced; the last one is s.
     """
 
-    def __init__(self, vision: nn.Module, *blocks: int):
-        self.vision, self.blocks = vision, blocks
-        self.n_tokens = vision.positional_embedding.shape[0] - 1
-        self.stages = self.stages_of(vision)
-        self.block = self.stages[-1][0]
+    def __init__(self, layout: Layout | nn.Module, *blocks: int):
+        self.layout = layout if isinstance(layout, Layout) else layout_of(layout)
+        self.blocks, self.n_tokens = blocks, self.layout.n_tokens
+        modules = self.layout.blocks
+        hooks = [(modules[i], partial(self._before, i)) for i in range(blocks[0], len(modules))]
         self._handles = [
-            *(tail[0].register_forward_pre_hook(partial(self._before, i)) for i, tail in enumerate(self.stages)),
-            vision.transformer.register_forward_hook(self._after_transformer),
+            *(module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks),
+            modules[-1].register_forward_hook(self._after),
         ]
         self.is_attached = True
 
-    def stages_of(self, vision: nn.Module) -> list[list[nn.Module]]:
-        """For each block before which tokens are replaced, it and all after it."""
-        return [list(vision.transformer.resblocks)[block:] for block in self.blocks]
+    @property
+    def vision(self) -> nn.Module:
+        return self.layout.vision
+
+    @property
+    def block(self) -> nn.Module:
+        """Block s."""
+        return self.layout.blocks[self.blocks[-1]]
 
     def detach(self) -> None:
         """Remove every hook."""
@@ -47,11 +54,11 @@ class TokenStream:
         self._handles, self.is_attached = [], False
 
     @contextmanager
-    def selecting(self, *choices, vision: nn.Module | None = None):
+    def selecting(self, *choices, layout: Layout | None = None):
         """Let ``choice(tower: Pass, hidden (1+n+M, B, w)) -> (S, B, w)``, one per block, replace what enters it.
 
         Args:
-            vision: the hooked tower, or a replica of it.
+            layout: of the hooked tower, or of a replica of it.
 
         Raises:
             RuntimeError: the hooks have been removed.
@@ -59,7 +66,7 @@ class TokenStream:
         if not self.is_attached:
             raise RuntimeError("this wrapper was detached from its host: make a new SpotlighterWrapper around the host")
         outer = getattr(_THREAD, "passes", ())
-        tower = Pass(self, choices, vision or self.vision)
+        tower = Pass(self, choices, layout or self.layout)
         _THREAD.passes = (*outer, tower)
         try:
             yield tower
@@ -70,49 +77,60 @@ class TokenStream:
         passes = getattr(_THREAD, "passes", ())
         return next((each for each in passes if each.stream is self and not each.is_choosing), None)
 
-    def _before(self, stage, module, args):
+    def _before(self, index, module, args, kwargs):
         tower = self._under_way()
-        return None if tower is None else tower.replace(stage, args)
+        return None if tower is None else tower.enter(index, args, kwargs)
 
-    def _after_transformer(self, module, args, output):
+    def _after(self, module, args, output):
         tower = self._under_way()
         if tower is not None:
-            tower.output = _hidden_of(output)
+            tower.leave(output)
 
 
 class Pass:
     """One batch on its way through the tower, while ``TokenStream.selecting`` lasts.
 
-    While the last choice runs it may call ``tail`` to run blocks s…L-1 on further sequences: prompts that the host
-    injects into these blocks act there too, because the same modules are called with the same inputs.
+    Choices see sequences as (S, B, w): CLS if there is one, patch tokens, host prompts, whatever order the tower has
+    them in. While the last choice runs it may call ``tail`` to run blocks s…L-1 on further sequences: prompts that the
+    host injects into these blocks act there too, because the same modules are called with the same inputs.
 
     Attributes:
-        block: the block before which the present choice is made.
+        block, index: the block before which the present choice is made, and its number.
         n_now: how many positions behind CLS are, or stand for, patch tokens where the present choice is made.
-        output: what the transformer gave, (S, B, w); None before.
+        n_prompts: M, the host's prompts there.
+        output: what the last block gave, (S, B, w); None before.
     """
 
-    def __init__(self, stream: TokenStream, choices: tuple, vision: nn.Module):
-        self.stream, self.choices, self.vision = stream, choices, vision
-        self.stages = stream.stages_of(vision)
-        self.block = self.stages[0][0]
-        self.n_now = stream.n_tokens
+    def __init__(self, stream: TokenStream, choices: tuple, layout: Layout):
+        self.stream, self.layout = stream, layout
+        self.choices = dict(zip(stream.blocks, choices, strict=True))
+        self.index, self.block = stream.blocks[0], layout.blocks[stream.blocks[0]]
+        self.n_now, self.n_prompts = stream.n_tokens, 0
         self.output: Tensor | None = None
         self.is_choosing = False
-        self._args = []  # arguments of the blocks before which tokens have been replaced
+        self._came = {}  # what each block before which tokens were replaced was called with
 
-    def replace(self, stage: int, args: tuple) -> tuple:
-        """The arguments with which a stage's block goes on."""
-        hidden = _hidden_of(args[0])
-        self._args = [*self._args[:stage], args]
-        n_prompts = len(_hidden_of(self._args[0][0])) - 1 - self.stream.n_tokens
-        self.n_now, self.block = len(hidden) - 1 - n_prompts, self.stages[stage][0]
+    def enter(self, index: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """The arguments with which a block goes on."""
+        if index not in self.choices:
+            return self._shortened(args[0], args[1:], kwargs)
+        hidden = self._lengthwise(args[0])
+        self.index, self.block = index, self.layout.blocks[index]
+        self.n_prompts = len(hidden) - self.layout.n_lead - self.n_now
+        hidden = self._turned(hidden, self.n_prompts)
+        self._came[index] = args, kwargs
         self.is_choosing = True
         try:
-            hidden = self.choices[stage](self, hidden)
+            hidden = self.choices[index](self, hidden)
         finally:
             self.is_choosing = False
-        return (_with_hidden(args[0], hidden), *args[1:])
+        self.n_now = len(hidden) - self.layout.n_lead - self.n_prompts
+        return self._shortened(_with_hidden(args[0], self._turned_back(hidden)), args[1:], kwargs)
+
+    def leave(self, output) -> None:
+        """Note what the last block gave."""
+        hidden = self._lengthwise(output)
+        self.output = self._turned(hidden, len(hidden) - self.layout.n_lead - self.n_now)
 
     def tail(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Run blocks s…L-1 and the readout on another sequence; to be called by the last choice only.
@@ -121,46 +139,92 @@ class Pass:
             hidden: (S, B, w), the sequence that enters block s: CLS first, host prompts last.
 
         Returns:
-            The image embedding (B, d), not normalized, and the transformer's output (S, B, w).
+            The image embedding (B, d), not normalized, and the last block's output (S, B, w).
         """
-        return self._run(_with_hidden(self._args[-1][0], hidden), self.stages[-1])
+        return self._run(self.stream.blocks[-1], self._turned_back(hidden))
 
     def whole(self) -> Tensor:
         """The image embedding (B, d) as the tower gives it without any selection; for the last choice only."""
-        return self._run(self._args[0][0], self.stages[0])[0]
+        first = self.stream.blocks[0]
+        return self._run(first, hidden_of(self._came[first][0][0]))[0]
+
+    def patches(self, hidden: Tensor) -> Tensor:
+        """What is, or stands for, patch tokens in the sequence that came in: (1+n+M, B, w) → (n, B, w)."""
+        return hidden[self.layout.n_lead : self.layout.n_lead + self.n_now]
 
     def tokens(self, hidden: Tensor, kept: Tensor) -> Tensor:
         """Patch tokens ``kept`` (B, k), indices in 0…n-1, of the sequence (1+n+M, B, w) that came in: (k, B, w)."""
         index = kept.T.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])  # (k, B, w)
-        return hidden[1 : 1 + self.n_now].gather(0, index)
+        return self.patches(hidden).gather(0, index)
 
     def sequence(self, hidden: Tensor, tokens: Tensor, extra: Tensor | None = None) -> Tensor:
         """[CLS, extra, tokens, host prompts] from the sequence (1+n+M, B, w) that came in: (1+E+k+M, B, w).
 
         tokens: (k, B, w); extra: (E, B, w) or None.
         """
-        parts = [hidden[:1], tokens, hidden[1 + self.n_now :]]
-        if extra is not None:
-            parts.insert(1, extra)
-        return torch.cat(parts)
+        lead = self.layout.n_lead
+        middle = (tokens,) if extra is None else (extra, tokens)
+        return torch.cat([hidden[:lead], *middle, hidden[lead + self.n_now :]])
 
-    def _run(self, stream, blocks):
-        for block in blocks:
-            stream = block(stream)
-        output = _hidden_of(stream)  # (S, B, w)
-        return self.vision.ln_post(output[0]) @ self.vision.proj, output
+    def _run(self, first, hidden):
+        args, kwargs = self._came[first]
+        stream = _with_hidden(args[0], hidden)
+        rest = len(self._lengthwise(stream)) - self.n_prompts
+        for block in self.layout.blocks[first:]:
+            args, kwargs = self._shortened(stream, args[1:], kwargs)
+            stream = block(*args, **kwargs)
+            if isinstance(args[0], Tensor):  # what goes in as a tensor and comes out beside others goes on alone
+                stream = hidden_of(stream)
+        output = self._lengthwise(stream)
+        output = self._turned(output, len(output) - rest)
+        return self.layout.image(output), output
+
+    def _lengthwise(self, stream) -> Tensor:
+        hidden = hidden_of(stream)
+        return hidden.transpose(0, 1) if self.layout.batch_first else hidden
+
+    def _turned(self, hidden: Tensor, prompts: int) -> Tensor:
+        """From the tower's order to that with its prompts last."""
+        lead = self.layout.n_lead
+        if not self.layout.prompts_first or not prompts:
+            return hidden
+        return torch.cat([hidden[:lead], hidden[lead + prompts :], hidden[lead : lead + prompts]])
+
+    def _turned_back(self, hidden: Tensor) -> Tensor:
+        lead, rest = self.layout.n_lead, len(hidden) - self.n_prompts
+        if self.layout.prompts_first and self.n_prompts:
+            hidden = torch.cat([hidden[:lead], hidden[rest:], hidden[lead:rest]])
+        return hidden.transpose(0, 1).contiguous() if self.layout.batch_first else hidden
+
+    def _shortened(self, stream, args, kwargs):
+        """A block's arguments with every mask in them cut to the positions that its sequence still has."""
+        if not args and not kwargs:
+            return (stream,), kwargs
+        length = len(self._lengthwise(stream))
+        full = self.layout.n_lead + self.stream.n_tokens + self.n_prompts
+        cut = partial(self._cut_mask, length=length, full=full)
+        return (stream, *map(cut, args)), {name: cut(value) for name, value in kwargs.items()}
+
+    def _cut_mask(self, mask, length, full):
+        if not isinstance(mask, Tensor) or mask.shape[-2:] != (full, full):
+            return mask
+        lead = self.layout.n_lead + (self.n_prompts if self.layout.prompts_first else 0)
+        patches = slice(lead, lead + self.stream.n_tokens)
+        if not (_alike(mask[..., patches, :], -2) and _alike(mask[..., patches], -1)):
+            raise ValueError(
+                "the tower's blocks take a mask that tells patch tokens apart, so that none can be left out"
+            )
+        places = torch.arange(full, device=mask.device)
+        n = length - full + self.stream.n_tokens  # what stands for patch tokens now
+        places = torch.cat([places[:lead], places[lead : lead + 1].expand(n), places[lead + self.stream.n_tokens :]])
+        return mask[..., places, :][..., places]
 
 
-def check_tower(vision: nn.Module) -> None:
-    """Raises ValueError, one line, when ``vision`` is not a CLIP vision transformer whose tokens can be selected."""
-    if not hasattr(vision, "transformer") or not hasattr(vision, "positional_embedding"):
-        raise ValueError(
-            f"the image encoder is a {type(vision).__name__}, not a vision transformer, and has no tokens to select; "
-            "choose a ViT backbone, for example MODEL.BACKBONE.NAME ViT-B/16"
-        )
+def _alike(mask: Tensor, dim: int) -> bool:
+    return torch.equal(mask, mask.narrow(dim, 0, 1).expand_as(mask))
 
 
-def _hidden_of(stream) -> Tensor:
+def hidden_of(stream) -> Tensor:
     """The hidden states of what blocks pass on: a tensor, or (MaPLe) a list whose element 0 is one."""
     return stream[0] if isinstance(stream, (list, tuple)) else stream
 

@@ -168,7 +168,7 @@ def tokens(
         device = "cuda" if torch.cuda.is_available() else "cpu"
         config = SpotlighterConfig(preset=preset, top_k=top_k, select_block=select_block, activation=activation)
         model = plain_model(backbone, config, names or ["thing"], device)
-    batch = read_images(images, model.adapter.vision.input_resolution)
+    batch = read_images(images, model.adapter.layout.image_size[0])
     found = [lit_levels(model, part.to(model.adapter.logit_scale.device)) for part in batch.split(BATCH)]
     levels, logits = (torch.cat(parts) for parts in zip(*found, strict=True))
     said = [f"\nseen as {names[c].replace('_', ' ')}" if names else "" for c in logits.argmax(1)]
@@ -247,7 +247,7 @@ def tsne(
         made = _build(setup_cfg(parse(flags), import_trainers_and_datasets()))
         made.model.eval()
     items = sample(made.dm.dataset.test, classes, images)
-    batch = read_images([item.impath for item in items], made.model.adapter.vision.input_resolution)
+    batch = read_images([item.impath for item in items], made.model.adapter.layout.image_size[0])
     draw_tsne(embeddings(made.model, batch), [item.classname.replace("_", " ") for item in items], output, seed)
     print(f"{output}: embeddings, a colour a class. Next: spotlighter visualize tsne --run FOLDER for a trained model")
 

@@ -95,7 +95,7 @@ class Bench:
         self.labels = torch.arange(self.setting.batch_size, device=self.device) % self.setting.classes
 
     def _wrap(self, config):
-        wrapper = SpotlighterWrapper(self.host, config).eval()
+        wrapper = SpotlighterWrapper(self.host, config, check=False).eval()
         bank, memory = wrapper.plugin.bank, wrapper.plugin.memory
         if bank is not None:
             shape = self.setting.classes, config.prototypes

@@ -135,8 +135,8 @@ class CachedTower:
         vision = next(module for module in model.modules() if isinstance(module, VisionTransformer))
         optims = [optim for optim in self._optims.values() if optim is not None]
         trained = {id(p) for optim in optims for group in optim.param_groups for p in group["params"]}
-        stages = model.stream.stages if isinstance(model, SpotlighterWrapper) else []
-        if any(len(stage) > len(vision.transformer.resblocks) - self.states.block for stage in stages):
+        cuts = model.stream.blocks if isinstance(model, SpotlighterWrapper) else ()
+        if any(block < self.states.block for block in cuts):
             raise ValueError(f"{type(self).__name__} selects tokens before block {self.states.block}: set SELECT_BLOCK")
         skipped = [vision.conv1, vision.ln_pre, *vision.transformer.resblocks[: self.states.block]]
         prompted = any(module._forward_pre_hooks for module in skipped)  # MaPLe's prompts, and those of its kind
