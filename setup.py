@@ -59,6 +59,12 @@ setup(
         "matplotlib>=3.7",
         "scikit-learn>=1.3",
     ],
-    extras_require={"test": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.90", "ruff>=0.6"]},
+    extras_require={
+        "open_clip": ["open_clip_torch>=2.20"],
+        "transformers": ["transformers>=4.40"],
+        "slurm": ["submitit>=1.4"],
+        "ray": ["ray>=2"],
+        "test": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.90", "ruff>=0.6"],
+    },
     entry_points={"console_scripts": ["spotlighter = spotlighter_plugin.cli:main"]},
 )
