@@ -71,3 +71,14 @@ def test_every_configuration_says_its_command_how_long_it_takes_and_what_to_expe
     command, expected = said["Command"], said["Expected"]
     assert str(path.relative_to(ROOT)) in command or f"--hosts {path.parent.name} --config {path.stem}" in command
     assert re.search(r"\d\d|no figure", expected)
+
+
+def test_every_function_that_the_equations_name_is_where_they_say():
+    text = (ROOT / "docs/equations.md").read_text(encoding="utf-8")
+    places = re.findall(r"`([\w/]+\.py): ([\w., ]+)`", text)
+    assert len(places) > 15
+    for file, names in places:
+        (source,) = [path for path in (ROOT / "spotlighter_plugin").rglob("*.py") if f"/{path}".endswith(f"/{file}")]
+        for name in names.split(", "):
+            for part in name.split("."):
+                assert re.search(rf"^\s*(def|class) {part}\b", source.read_text(encoding="utf-8"), re.M), (file, name)
