@@ -68,14 +68,16 @@ def draw(numbers: Tensor, scene: Plan, ink: Tensor, domain: Tensor, colour: Tens
     cover = _place(ink, boxes)  # (B, 1+K, 112, 112)
     for other in range(1, cover.shape[1]):
         image = _blend(image, paint, cover[:, other, None])
-    is_colour = domain == DOMAINS.index("colour")
-    main = torch.where(is_colour[:, None, None, None], _bands(numbers, scene), paint) if is_colour.any() else paint
-    painted = _blend(image, main, cover[:, 0, None])
-    if colour is not None and is_colour.any():
-        has_own = is_colour & (colour[:, 3].flatten(1).amax(1) > 0)
-        planes = _place(_premultiplied(colour), boxes[:, :1].expand(-1, 4, -1))  # (B, 4, 112, 112)
-        own = (image * (256 - planes[:, 3:]) / 256).floor() + planes[:, :3].clamp(max=255)
-        painted = torch.where(has_own[:, None, None, None], own.clamp(max=255), painted)
+    painted = _blend(image, paint, cover[:, 0, None])
+    rows = (domain == DOMAINS.index("colour")).nonzero()[:, 0]
+    if len(rows):
+        under = image[rows]
+        own = _blend(under, _bands(numbers[rows], scene.left[rows], scene.top[rows], scene.side[rows]), cover[rows, 0, None])
+        if colour is not None:
+            planes = _place(_premultiplied(colour[rows]), boxes[rows, :1].expand(-1, 4, -1))  # (b, 4, 112, 112)
+            whole = ((under * (256 - planes[:, 3:]) / 256).floor() + planes[:, :3]).clamp(max=255)
+            own = torch.where(colour[rows, 3].flatten(1).amax(1)[:, None, None, None] > 0, whole, own)
+        painted[rows] = own
     return _shift(painted, numbers, domain).to(torch.uint8)
 
 
@@ -156,13 +158,13 @@ def _exact(a: Tensor, b: Tensor) -> Tensor:
         return a @ b  # factors of at most 8 bits and a sign survive TF32's 11
 
 
-def _bands(numbers: Tensor, scene: Plan) -> Tensor:
+def _bands(numbers: Tensor, left: Tensor, top: Tensor, side: Tensor) -> Tensor:
     """Three colours in bands across the main drawing: (B, 3, 112, 112)."""
     at = torch.arange(SIZE, device=numbers.device)
     step = torch.tensor(DIRECTIONS, device=numbers.device)[_pick(numbers[:, 50], 0, len(DIRECTIONS) - 1)]
-    along = step[:, :1, None] * (at - (scene.left + scene.side // 2)[:, None])[:, None, :]
-    along = along + step[:, 1:, None] * (at - (scene.top + scene.side // 2)[:, None])[:, :, None]  # (B, 112, 112)
-    edge = (scene.side * 16 // 5)[:, None, None]
+    along = step[:, :1, None] * (at - (left + side // 2)[:, None])[:, None, :]
+    along = along + step[:, 1:, None] * (at - (top + side // 2)[:, None])[:, :, None]  # (B, 112, 112)
+    edge = (side * 16 // 5)[:, None, None]
     colours = _pick(numbers[:, 51:60].reshape(-1, 3, 3), 20, 235)  # (B, colour, channel)
     spread = [_spread(colours[:, band]) for band in range(3)]
     inner = torch.where((along < edge)[:, None], spread[1], spread[2])
@@ -177,9 +179,9 @@ def _premultiplied(colour: Tensor) -> Tensor:
 def _shift(image: Tensor, numbers: Tensor, domain: Tensor) -> Tensor:
     """The source's picture as each scene's domain shows it: (B, 3, 112, 112)."""
     for name, shift in (("inverted", _inverted), ("pixel", _pixelated), ("dark", _darkened)):
-        rows = domain == DOMAINS.index(name)
-        if rows.any():
-            image = torch.where(rows[:, None, None, None], shift(image, numbers), image)
+        rows = (domain == DOMAINS.index(name)).nonzero()[:, 0]
+        if len(rows):
+            image[rows] = shift(image[rows], numbers[rows])
     return image
 
 

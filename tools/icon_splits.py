@@ -86,6 +86,24 @@ def deal(kept: np.ndarray, palette: np.ndarray) -> dict:
     return out
 
 
+def one_side(held: dict, m: np.ndarray, palette: np.ndarray) -> None:
+    """Put near copies that two concepts have (a sun and a gear, a ruler and a ticket) among the shots of both.
+
+    Each changes places with a shot of its concept, coloured as it is, that has no copy elsewhere.
+    """
+    used = np.concatenate([ids for h in held.values() for ids in h.values()])
+    of = np.concatenate([[c] * len(ids) for c, h in held.items() for ids in h.values()])
+    near = np.maximum(m[used] @ m[used].T, m[used] @ art.mirrored(m[used]).T) >= art.COPY
+    doubtful = set(used[(near & (of[:, None] != of[None])).any(1)].tolist())
+    for sides in held.values():
+        shots = sides["shots"]
+        for which in ("test", "val"):
+            for at in np.flatnonzero([i in doubtful for i in sides[which].tolist()]):
+                out = sides[which][at]
+                free = [k for k, i in enumerate(shots.tolist()) if i not in doubtful and palette[i] == palette[out]]
+                sides[which][at], shots[free[0]] = shots[free[0]], out
+
+
 def thin(ids: np.ndarray, m: np.ndarray) -> np.ndarray:
     """Of the ids those that are not alike one before, for pre-training."""
     near = np.maximum(m[ids] @ m[ids].T, m[ids] @ art.mirrored(m[ids]).T) >= ALIKE
@@ -106,17 +124,17 @@ def split(rows: list, m: np.ndarray, s: np.ndarray, concepts: list, seed: int = 
     for i, r in enumerate(rows):
         by[r[0]].append(i)
     by = {name: order(rows, np.array(ids), seed) for name, ids in sorted(by.items())}
-    held, taken = {}, np.zeros((0, m.shape[1]), m.dtype)
+    held = {}
     for c in concepts:
         ids = by[c]
         related = relation(ids, m, s, rows)
-        eligible = typical(ids, related, m, s) & (similar(m[ids], taken) < art.COPY)
-        kept = distinct(related, eligible)
+        kept = distinct(related, typical(ids, related, m, s))
         if len(kept) < HELD:
             raise ValueError(f"{c!r} has {len(kept)} different drawings, {HELD} are held out: leave the concept out")
         held[c] = {which: ids[at] for which, at in deal(kept, palette[ids]).items()}
-        taken = np.concatenate([taken, *(m[at] for at in held[c].values())])
+    one_side(held, m, palette)
     used = np.concatenate([ids for h in held.values() for ids in h.values()])
+    taken = m[used]
     near = np.concatenate([similar(m[at : at + 2048], taken) for at in range(0, len(rows), 2048)])
     out = near >= art.COPY
     out[used] = True
