@@ -1,4 +1,4 @@
-"""Train and evaluate: train.py --trainer CoOpSpotlighter --dataset-config-file configs/datasets/emoji_scenes.yaml"""
+"""Train and evaluate: train.py --trainer CoOpSpotlighter --dataset-config-file configs/datasets/icon_scenes.yaml"""
 
 import sys
 

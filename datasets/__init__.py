@@ -2,4 +2,4 @@
 
 import spotlighter_plugin  # noqa: F401  (makes dassl importable)
 
-from . import benchmarks, emoji_scenes, icon_scenes  # noqa: F401
+from . import benchmarks, icon_scenes  # noqa: F401

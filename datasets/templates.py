@@ -1,6 +1,7 @@
 """The hand-written prompt of each data set (Table IX), by the name under which the data set is registered."""
 
 PLAIN = "a photo of a {}."
+ICON_SCENES = [f"IconScenes{domain}" for domain in ("", "Inverted", "Colour", "Pixel", "Dark")]
 
 TEMPLATES = {
     "ImageNet": PLAIN,
@@ -18,11 +19,7 @@ TEMPLATES = {
     "EuroSAT": "a centered satellite photo of {}.",
     "Food101": "a photo of {}, a type of food.",
     "UCF101": "a photo of a person doing {}.",
-    "EmojiScenes": PLAIN,
-    "EmojiScenesPixel": PLAIN,
-    "EmojiScenesDark": PLAIN,
-    "EmojiScenesSwap": PLAIN,
-    "EmojiScenesShift": PLAIN,
+    **dict.fromkeys(ICON_SCENES, PLAIN),
 }
 
 # Ways to say it, for ensembles of texts: seven of those that OpenAI gives for CLIP. Data sets may have their own.
@@ -31,11 +28,12 @@ GENERAL = (
     "art of the {}.", "a photo of the small {}.",
 )  # fmt: skip
 ICONS = (
-    "a photo of a {}.", "a picture of a {}.", "a drawing of a {}.", "a image of a {}.", "a photo of a small {}.",
-    "a photo of a large {}.", "a dark photo of a {}.", "a negative photo of a {}.", "a colourful photo of a {}.",
-    "a pixelated photo of a {}.", "a photo of a {} in the middle.", "a photo of a {} at the top.",
-)  # fmt: skip
-ENSEMBLES = {f"IconScenes{domain}": ICONS for domain in ("", "Inverted", "Colour", "Pixel", "Dark")}
+    "a photo of a {}.", "a picture of a {}.", "a drawing of a {}.", "a image of a {}.", "a photo of a medium {}.",
+    "a drawing of a large outline {}.", "a picture of a small solid {}.", "a photo of a {} in the middle.",
+    "a drawing of a {} on the left on a striped background.", "on a plain background a picture of a {}.",
+    "at the top a drawing of a solid {}.", "a image of a medium outline {} on a cloudy background.",
+)  # as the bundled towers' captions say it  # fmt: skip
+ENSEMBLES = dict.fromkeys(ICON_SCENES, ICONS)
 
 
 def prompt(dataset: str) -> str:

@@ -192,5 +192,5 @@ def test_a_text_that_is_too_long_says_what_to_shorten():
 
 def test_the_bundled_towers_are_of_two_widths_and_load_by_name():
     towers = {name: load_clip(name) for name in backbones.BUNDLED}
-    assert {name: clip.visual.conv1.out_channels for name, clip in towers.items()} == {"micro": 128, "tiny": 192}
-    assert {clip.visual.input_resolution for clip in towers.values()} == {96}
+    assert {name: clip.visual.conv1.out_channels for name, clip in towers.items()} == {"micro": 64, "tiny": 128}
+    assert {clip.visual.input_resolution for clip in towers.values()} == {112}

@@ -11,7 +11,7 @@ from scenes_kit import fewer_scenes
 from spotlighter_plugin.workbench.training.cached import HiddenStates
 from spotlighter_plugin.workbench.training.experiment import Laboratory, Method, harmonic_mean
 
-DATASET = "configs/datasets/emoji_scenes.yaml"
+DATASET = "configs/datasets/icon_scenes.yaml"
 SHORT = {
     "DATASET.NUM_SHOTS": 2, "OPTIM.MAX_EPOCH": 2, "OPTIM.LR": 0.02, "DATALOADER.TRAIN_X.BATCH_SIZE": 4,
     "DATALOADER.NUM_WORKERS": 0, "TRAINER.COOP.CTX_INIT": "a photo of a",

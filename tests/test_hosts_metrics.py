@@ -1,6 +1,6 @@
 """Every host on the bundled backbone, with and without Spotlighter: what a fixed seed gave stays as it is.
 
-Two epochs (PromptKD: four) on 12 base classes of EmojiScenes at 4 shots, tested on the other scenes of these and of 12
+Two epochs (PromptKD: four) on 12 base classes of IconScenes at 4 shots, tested on the other scenes of these and of 12
 new classes. What is stored is the mean cross entropy on base and new scenes; it holds to 1 %, because kernels round
 differently from one processor and one PyTorch to the next. PromptKD's batch normalization behind a random projection
 magnifies that: new scenes differ by 10 % between a processor's widest instructions and its plainest
@@ -55,7 +55,7 @@ def test_training_from_a_fixed_seed_gives_the_stored_figures(tmp_path, monkeypat
 def figures(folder, monkeypatch, trainer):
     """Mean cross entropy on the base scenes and on the new ones."""
     fewer_scenes(monkeypatch, concepts=24, validation=1, test=2)
-    laboratory = Laboratory("configs/datasets/emoji_scenes.yaml", str(folder / "data"), block=None)
+    laboratory = Laboratory("configs/datasets/icon_scenes.yaml", str(folder / "data"), block=None)
     options = OPTIONS[trainer.removesuffix("Spotlighter")] | (PLUGIN if trainer.endswith("Spotlighter") else {})
     if trainer.startswith("PromptKD"):
         _train(laboratory, "PromptSRC", OPTIONS["PromptSRC"], folder / "teacher")

@@ -16,9 +16,10 @@ import pytest
 import yaml
 from dassl.config import get_cfg_default
 from rich.console import Console
+from scenes_kit import few, fewer_scenes
 from yacs.config import CfgNode
 
-from datasets import emoji_render, emoji_scenes
+from datasets import icon_scenes
 from spotlighter_plugin import cli
 from spotlighter_plugin.config import extend_cfg, from_cfg
 from spotlighter_plugin.workbench.pictures.curves import read_points
@@ -26,7 +27,7 @@ from spotlighter_plugin.workbench.reports.report import as_csv, make_tables
 from spotlighter_plugin.workbench.reports.results import find_results
 from spotlighter_plugin.workbench.sweeps import launch
 from spotlighter_plugin.workbench.sweeps.ablate import ABLATIONS, Ablation
-from spotlighter_plugin.workbench.sweeps.plan import ELEVEN, EMOJI, VARIANTS, Plan
+from spotlighter_plugin.workbench.sweeps.plan import ELEVEN, ICONS, VARIANTS, Plan
 from spotlighter_plugin.workbench.sweeps.sweep import sweep
 from spotlighter_plugin.workbench.training.runs import progress, read_run
 
@@ -101,7 +102,7 @@ def test_promptkd_trains_once_for_both_halves_and_anew_for_each_target(home):
 def test_every_data_set_that_a_protocol_names_has_a_config():
     for protocol, count in (("base2new", 11), ("crossdomain", 1), ("crossdataset", 1)):
         assert len(Plan(protocol, ("CoOp",), seeds=(1,)).chains()) == count
-    assert len(Plan("base2new", ("CoOp",), ("emoji",), seeds=(1,)).chains()) == len(EMOJI)
+    assert len(Plan("base2new", ("CoOp",), ("icons",), seeds=(1,)).chains()) == len(ICONS)
     assert len(Plan("crossdomain", ("CoOp",), seeds=(1,)).chains()[0]) == 1 + len(VARIANTS)
     assert len(Plan("crossdataset", ("CoOp",), seeds=(1,)).chains()[0]) == len(ELEVEN)
 
@@ -240,15 +241,9 @@ TINY = ("OPTIM.MAX_EPOCH", "2", "TRAIN.CHECKPOINT_FREQ", "1", "TRAINER.COOP.CTX_
 TINY += ("DATALOADER.TRAIN_X.BATCH_SIZE", "4", "TRAINER.SPOTLIGHTER.TOP_K", "8")
 
 
-def few_scenes():
-    """Let EmojiScenes have six classes and few scenes."""
-    six = emoji_render.concepts()[:6]
-    return {"concepts": lambda: six, "TEST_SCENES": 4, "VAL_SCENES": 1}
-
-
 def real(folder, protocol, hosts=("CoOp", "CoOpSpotlighter"), seeds=(1, 2, 3), options=TINY, **more):
     data, output = str(folder / "data"), str(folder / "output")
-    return Plan(protocol, hosts, ("emoji_scenes",), seeds, (2,), "", data, output, options=options, **more)
+    return Plan(protocol, hosts, ("icon_scenes",), seeds, (2,), "", data, output, options=options, **more)
 
 
 def sweep_both(folder):
@@ -257,8 +252,7 @@ def sweep_both(folder):
 
 
 def test_real_training_killed_at_a_random_moment_and_started_again_ends_with_the_same_report(tmp_path, monkeypatch):
-    for name, value in few_scenes().items():
-        monkeypatch.setattr(emoji_scenes, name, value)
+    fewer_scenes(monkeypatch)
     assert sweep_both(tmp_path) == []
     before = as_csv(make_tables(find_results([tmp_path / "output"])))
     shutil.rmtree(tmp_path / "output")
@@ -267,7 +261,7 @@ def test_real_training_killed_at_a_random_moment_and_started_again_ends_with_the
     assert len(runs) == 2 * (2 + 1) * 3
     script = (
         "import sys, pathlib; sys.path.insert(0, sys.argv[2]); import conftest, test_sweep as t;"
-        "vars(t.emoji_scenes).update(t.few_scenes()); t.sweep_both(pathlib.Path(sys.argv[1]))"
+        "vars(t.icon_scenes).update(t.few()); t.sweep_both(pathlib.Path(sys.argv[1]))"
     )
     first = subprocess.Popen([sys.executable, "-c", script, tmp_path, os.path.dirname(__file__)])
     begun = random.choice(runs[:-2]).folder
@@ -284,8 +278,7 @@ def test_real_training_killed_at_a_random_moment_and_started_again_ends_with_the
 
 @pytest.mark.parametrize("host", ["MaPLe", "MaPLeSpotlighter", "CLIPFit"])
 def test_a_run_that_trains_below_the_cached_states_fails_in_one_line(tmp_path, monkeypatch, host):
-    for name, value in few_scenes().items():
-        monkeypatch.setattr(emoji_scenes, name, value)
+    fewer_scenes(monkeypatch)
     failures, _ = run(real(tmp_path, "fewshot", (host,), (1,), TINY[:2]), launcher="cached")
     assert len(failures) == 1 and "trains blocks before " in failures[0]
 
@@ -303,15 +296,14 @@ def test_cached_states_are_for_one_run_at_a_time_of_this_repository(home):
 
 
 def test_validation_stays_inside_the_base_classes_and_apart_from_the_data_sets_own_figures(tmp_path, monkeypatch):
-    for name, value in few_scenes().items():
-        monkeypatch.setattr(emoji_scenes, name, value)
+    fewer_scenes(monkeypatch)
     chosen = real(tmp_path, "base2new", ("CoOp",), (1,), validation=True)
     train, test = chosen.chains()[0]
     assert "SUBSAMPLE_CLASSES inner-base" in " ".join(train.arguments) and "train_inner-base" in str(train.folder)
     assert "SUBSAMPLE_CLASSES inner-new" in " ".join(test.arguments)
     assert run(chosen, launcher="cached")[0] == []
     found = {(result.dataset, result.kind) for result in find_results([tmp_path / "output"])}
-    assert found == {("EmojiScenes (validation)", "base"), ("EmojiScenes (validation)", "new")}
+    assert found == {("IconScenes (validation)", "base"), ("IconScenes (validation)", "new")}
     with pytest.raises(ValueError, match="--validation: PromptKD trains on all classes' images"):
         real(tmp_path, "base2new", ("PromptKD",), (1,), validation=True).chains()
 
@@ -344,8 +336,7 @@ def test_an_ablation_sweeps_its_variants_and_sets_them_beside_the_papers(home):
 
 
 def test_an_ablation_on_cached_states_prints_a_table_that_curves_can_draw(tmp_path, monkeypatch, capsys):
-    for name, value in few_scenes().items():
-        monkeypatch.setattr(emoji_scenes, name, value)
+    fewer_scenes(monkeypatch)
     monkeypatch.setitem(ABLATIONS, "figure4", {f"top_k {k}": ("TRAINER.SPOTLIGHTER.TOP_K", str(k)) for k in (4, 8)})
     arguments = ["ablate", "figure4", "--launcher", "cached", "--validation", "--seeds", "1", "--format", "csv"]
     arguments += ["--root", str(tmp_path / "data"), "--output", str(tmp_path / "out"), "--", *TINY[:-2]]
@@ -358,12 +349,12 @@ def test_an_ablation_on_cached_states_prints_a_table_that_curves_can_draw(tmp_pa
     assert {point[:3] for point in points} == {("top_k", part, k) for part in ("Base", "Novel", "HM") for k in (4, 8)}
 
 
-def test_backbones_are_the_bundled_ones_on_emoji_scenes_and_openais_elsewhere(home):
+def test_backbones_are_the_bundled_ones_on_icon_scenes_and_openais_elsewhere(home):
     backbones = lambda *datasets: [  # noqa: E731
         plan.options[-1] for plan in Ablation("X", plan(home, datasets=datasets)).variants().values()
     ]
-    assert backbones("emoji_scenes", "emoji") == ["micro", "tiny"]
-    assert backbones("dtd") == backbones("emoji_scenes", "dtd") == backbones() == ["ViT-B/16", "ViT-L/14"]
+    assert backbones("icon_scenes", "icons") == ["micro", "tiny"]
+    assert backbones("dtd") == backbones("icon_scenes", "dtd") == backbones() == ["ViT-B/16", "ViT-L/14"]
 
 
 @pytest.mark.parametrize("name", ["figure5a", "figure6a", "XII"])

@@ -10,7 +10,7 @@ from spotlighter_plugin.workbench.training import train as training
 ROOT = Path(__file__).resolve().parent.parent
 TRAINER_FILES = sorted((ROOT / "configs" / "trainers").glob("*/*.yaml"))
 DATASET_FILES = sorted((ROOT / "configs" / "datasets").glob("*.yaml"))
-SCENES = ["--dataset-config-file", "configs/datasets/emoji_scenes.yaml"]
+SCENES = ["--dataset-config-file", "configs/datasets/icon_scenes.yaml"]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def test_each_data_set_file_names_a_registered_data_set(file, modules):
 def test_a_trainer_takes_its_own_default_file_and_the_data_set_chooses_size_and_backbone(modules):
     cfg = cfg_of(modules, "--trainer", "CoOp", *SCENES)
     assert (cfg.OPTIM.MAX_EPOCH, cfg.OPTIM.LR, cfg.OPTIM.WARMUP_TYPE) == (50, 0.002, "constant")
-    assert (cfg.MODEL.BACKBONE.NAME, tuple(cfg.INPUT.SIZE), cfg.INPUT.INTERPOLATION) == ("tiny", (96, 96), "bicubic")
+    assert (cfg.MODEL.BACKBONE.NAME, tuple(cfg.INPUT.SIZE), cfg.INPUT.INTERPOLATION) == ("tiny", (112, 112), "bicubic")
     photos = cfg_of(modules, "--trainer", "CoOp", "--dataset-config-file", "configs/datasets/dtd.yaml")
     assert photos.MODEL.BACKBONE.NAME == "ViT-B/16" and tuple(photos.INPUT.SIZE) == (224, 224)
     assert "random_resized_crop" in photos.INPUT.TRANSFORMS

@@ -1,4 +1,4 @@
-"""What keeping k tokens costs, before anything is trained: zero-shot harmonic means on the EmojiScenes family.
+"""What keeping k tokens costs, before anything is trained: zero-shot harmonic means on the IconScenes family.
 
     python tools/selection.py --out docs/selection.json
 
@@ -25,7 +25,8 @@ from rich.table import Table  # noqa: E402
 
 from spotlighter_plugin import SpotlighterConfig, SpotlighterWrapper  # noqa: E402
 from spotlighter_plugin.config import ACTIVATIONS  # noqa: E402
-from spotlighter_plugin.workbench.training.experiment import FAMILY, Laboratory, Method, harmonic_mean  # noqa: E402
+from spotlighter_plugin.workbench.sweeps.plan import ICONS  # noqa: E402
+from spotlighter_plugin.workbench.training.experiment import Laboratory, Method, harmonic_mean  # noqa: E402
 
 ZERO_SHOT = Method("zero-shot CLIP", "ZeroshotCLIP")
 
@@ -72,9 +73,9 @@ def main():
     parser.add_argument("--root", default="data", help="folder of the data sets")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     parser.add_argument("--block", type=int, default=-1, help="tokens are selected before this block")
-    parser.add_argument("--kept", type=int, nargs="+", default=[8, 16, 36, 72, 144], help="the last must be all tokens")
+    parser.add_argument("--kept", type=int, nargs="+", default=[8, 16, 48, 96, 196], help="the last must be all tokens")
     parser.add_argument("--thin", type=int, default=1, help="look at every n-th test scene only")
-    parser.add_argument("--datasets", nargs="+", default=FAMILY, help="configuration files")
+    parser.add_argument("--datasets", nargs="+", default=[f"configs/datasets/{name}.yaml" for name in ICONS], help="configuration files")
     args = parser.parse_args()
     every = {Path(d).stem: harmonic_means(d, args.root, args.block, args.kept, args.thin) for d in args.datasets}
     mean = {row: float(np.mean([results[row] for results in every.values()])) for row in next(iter(every.values()))}

@@ -23,7 +23,7 @@ from .packing import Packing, common_prefix
 
 build_model = openai_clip_model().build_model
 WEIGHTS = Path(__file__).parents[1] / "weights"
-BUNDLED = {"micro": WEIGHTS / "micro_clip.safetensors", "tiny": WEIGHTS / "tiny_clip.safetensors"}  # 128 and 192 wide
+BUNDLED = {"micro": WEIGHTS / "micro_clip.safetensors", "tiny": WEIGHTS / "tiny_clip.safetensors"}  # 64 and 128 wide
 PRECISIONS = ("fp16", "fp32", "amp")
 TEXT_CHUNK = 256  # classes that go through the text tower at once when no gradient is kept
 

@@ -1,4 +1,4 @@
-"""`spotlighter demo`: CoOp with and without Spotlighter, base-to-new on EmojiScenes, with speed beside accuracy."""
+"""`spotlighter demo`: CoOp with and without Spotlighter, base-to-new on IconScenes, with speed beside accuracy."""
 
 import contextlib
 import io
@@ -17,7 +17,7 @@ from .progress import Steps
 from .speed.stopwatch import alternate
 from .training.experiment import Laboratory, Method
 
-DATASET = "configs/datasets/emoji_scenes.yaml"
+DATASET = "configs/datasets/icon_scenes.yaml"
 BUDGET = {
     "OPTIM.LR": 0.3,
     "OPTIM.MAX_EPOCH": 5,
@@ -46,7 +46,7 @@ def run(root: str = "data", seed: int = 1, output: Path = Path("output/demo"), q
     console, rows = Console(), []
     parts = ("inner-base", "inner-new") if quick else ("base", "new")
     scenes = "2 shots, 1 epoch, a quarter of the classes" if quick else "16 shots, every third test scene"
-    console.print(f"EmojiScenes, tiny CLIP, seed {seed}, {scenes}; pictures are drawn on the first run")
+    console.print(f"IconScenes, tiny CLIP, seed {seed}, {scenes}; pictures are drawn on the first run")
     with Steps(len(METHODS) + 1) as steps:
         laboratory = Laboratory(DATASET, root, classes=parts, thin=8 if quick else THIN, say=steps.say)
         for method in METHODS:
@@ -58,7 +58,7 @@ def run(root: str = "data", seed: int = 1, output: Path = Path("output/demo"), q
             steps.advance()
         steps.say("speed: the methods in turn")
         speeds = images_per_second(METHODS, root, seed, parts[0], *((8, 1) if quick else (BATCH, PAIRS)))
-    table = Table("method", title="EmojiScenes, base-to-new")
+    table = Table("method", title="IconScenes, base-to-new")
     for column in ("base", "new", "HM", "images/s", "trainable parameters"):
         table.add_column(column, justify="right")
     for row in rows:

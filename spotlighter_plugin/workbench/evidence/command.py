@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from ...compat import ROOT
+from ..sweeps.plan import ICONS
 from ..sweeps.sweep import ListOptions
 from ..training.settings import import_trainers_and_datasets
 from .hosts import kind_of
@@ -18,7 +19,6 @@ from .table import records
 from .table import show as print_tables
 from .tasks import configuration, written_aside
 
-FAMILY = tuple(f"icon_scenes{domain}" for domain in ("", "_inverted", "_colour", "_pixel", "_dark"))
 FOLDER = Path("output/evidence")  # what saves time in another run
 
 app = typer.Typer(add_completion=False)
@@ -27,7 +27,7 @@ app = typer.Typer(add_completion=False)
 @app.command(cls=ListOptions)
 def command(
     host: Annotated[str, typer.Option(help="coop, maple, clipfit, promptkd")] = "coop",
-    datasets: Annotated[list[str], typer.Option(help="names of configs/datasets, the source first")] = FAMILY,
+    datasets: Annotated[list[str], typer.Option(help="names of configs/datasets, the source first")] = tuple(ICONS),
     seeds: Annotated[list[int], typer.Option(help="seeds of shots and training")] = (1, 2, 3),
     rows: Annotated[list[str], typer.Option(help="rows by name (default: all)")] = (),
     show: Annotated[bool, typer.Option("--show", help="run nothing: print what is kept")] = False,

@@ -229,7 +229,7 @@ def tsne(
     epoch: EpochOption = None,
     root: RootOption = None,
     trainer: Annotated[str, typer.Option(help="without --run: this one, untrained")] = "CoOpSpotlighter",
-    dataset_config_file: Annotated[str, typer.Option(help="without --run")] = "configs/datasets/emoji_scenes.yaml",
+    dataset_config_file: Annotated[str, typer.Option(help="without --run")] = "configs/datasets/icon_scenes.yaml",
     classes: Annotated[int, typer.Option(help="how many classes of the test set")] = 10,
     images: Annotated[int, typer.Option(help="how many images of each")] = 30,
     seed: Annotated[int, typer.Option()] = 0,

@@ -20,8 +20,8 @@ from .results import find_results
 PAPER = json.loads(Path(__file__).with_name("paper_results.json").read_text(encoding="utf-8"))["tables"]
 ELEVEN = [name for name in PAPER["I"]["blocks"] if name != "Average"]
 VARIANTS = PAPER["III"]["columns"][1:]
-EMOJI = ["EmojiScenes", "EmojiScenesPixel", "EmojiScenesDark", "EmojiScenesSwap", "EmojiScenesShift"]
-FAMILIES = {"Average": ELEVEN, "EmojiScenes average": EMOJI}
+ICONS = ["IconScenes", "IconScenesInverted", "IconScenesColour", "IconScenesPixel", "IconScenesDark"]
+FAMILIES = {"Average": ELEVEN, "IconScenes average": ICONS}
 NUMBERS = ("I", "II", "III", "IV", "VII", "cross-dataset")
 BENCHED = {"coop": "CoOp", "maple": "MaPLe", "promptkd": "PromptKD", "clipfit": "CLIPFit"}
 
@@ -138,9 +138,9 @@ def _families(accuracies, *kinds):
 
 
 def datasets_of(accuracies) -> list[str]:
-    """The data sets with base-to-new results, the paper's and EmojiScenes' in their order."""
+    """The data sets with base-to-new results, the paper's and IconScenes' in their order."""
     ran = accuracies.datasets("base", "new")
-    return [*(name for name in ELEVEN + EMOJI if name in ran), *sorted(ran - {*ELEVEN, *EMOJI})]
+    return [*(name for name in ELEVEN + ICONS if name in ran), *sorted(ran - {*ELEVEN, *ICONS})]
 
 
 def base2new_average(accuracies, method, family, paper) -> list[Cell]:
@@ -212,10 +212,10 @@ def _transfer(number, accuracies, source, targets, paper, title=""):
 
 
 def table_3(accuracies) -> list[Table]:
-    """Cross-domain generalization from ImageNet, and the same on EmojiScenes."""
+    """Cross-domain generalization from ImageNet, and the same on IconScenes."""
     return [
         *_transfer("III", accuracies, "ImageNet", VARIANTS, PAPER["III"]["rows"]),
-        *_transfer("III", accuracies, EMOJI[0], EMOJI[1:], {}, "EmojiScenes"),
+        *_transfer("III", accuracies, ICONS[0], ICONS[1:], {}, "IconScenes"),
     ]
 
 

@@ -39,8 +39,8 @@ SHAPES = {
     "ViT-B/32": Shape(patch=32),
     "ViT-L/14": Shape(patch=14, width=1024, layers=24, dim=768, text_width=768),
     "ViT-L/14@336px": Shape(image=336, patch=14, width=1024, layers=24, dim=768, text_width=768),
-    "micro": Shape(image=96, patch=8, width=128, layers=6, dim=128, text_width=128, text_layers=4),
-    "tiny": Shape(image=96, patch=8, width=192, layers=6, dim=128, text_width=128, text_layers=4),
+    "micro": Shape(image=112, patch=8, width=64, layers=12, dim=128, text_width=128, text_layers=4),
+    "tiny": Shape(image=112, patch=8, width=128, layers=12, dim=128, text_width=128, text_layers=4),
 }
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from ..reports.report import FORMATS, PAPER, Accuracies, Table, base2new_average, datasets_of
 from ..reports.results import find_results
 from .launch import LAUNCHERS
-from .plan import EMOJI, HERE, Plan, Run
+from .plan import HERE, ICONS, Plan, Run
 from .sweep import ListOptions, sweep
 
 KEY = "TRAINER.SPOTLIGHTER."
@@ -76,7 +76,7 @@ class Ablation:
         if self.name not in ABLATIONS:
             raise ValueError(f"unknown ablation {self.name!r}: take {', '.join(ABLATIONS)}")
         variants, plans = ABLATIONS[self.name], {}
-        if self.name == "X" and self.plan.datasets and set(self.plan.datasets) <= {"emoji", *EMOJI}:
+        if self.name == "X" and self.plan.datasets and set(self.plan.datasets) <= {"icons", *ICONS}:
             from ...towers.clip import BUNDLED
 
             variants = _backbones(*BUNDLED)
@@ -145,14 +145,14 @@ def command(
     name: Annotated[str, typer.Argument(help=", ".join(ABLATIONS))],
     options: Annotated[list[str], typer.Argument(help="after --: KEY VALUE options for every run")] = (),
     hosts: Annotated[list[str], typer.Option(help="trainers with Spotlighter")] = ("CoOpSpotlighter",),
-    datasets: Annotated[list[str], typer.Option(help="names of configs/datasets")] = ("emoji_scenes",),
+    datasets: Annotated[list[str], typer.Option(help="names of configs/datasets")] = ("icon_scenes",),
     seeds: Annotated[list[int], typer.Option()] = (1, 2, 3),
     config: Annotated[str, typer.Option(help="name of configs/trainers/<host>/<name>.yaml")] = "default",
     root: Annotated[Path, typer.Option(help="folder of the data sets")] = Path("data"),
     output: Annotated[Path, typer.Option(help="folder of the runs")] = Path("output"),
     jobs: Annotated[int, typer.Option(help="runs at once")] = 1,
     validation: Annotated[
-        bool, typer.Option("--validation", help="to choose by: inside the base classes of EmojiScenes, no test image")
+        bool, typer.Option("--validation", help="to choose by: inside the base classes of IconScenes, no test image")
     ] = False,
     launcher: Annotated[str, typer.Option(help=", ".join(LAUNCHERS))] = "here",
     format: Annotated[str, typer.Option(help=", ".join(FORMATS))] = "text",

@@ -13,8 +13,8 @@ from ..training.runs import read_run, same
 ELEVEN = ["imagenet", "caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101", "fgvc_aircraft"]
 ELEVEN += ["sun397", "dtd", "eurosat", "ucf101"]
 VARIANTS = ["imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r"]
-EMOJI = ["emoji_scenes", "emoji_scenes_pixel", "emoji_scenes_dark", "emoji_scenes_swap", "emoji_scenes_shift"]
-GROUPS = {"eleven": ELEVEN, "variants": VARIANTS, "emoji": EMOJI}
+ICONS = ["icon_scenes", "icon_scenes_inverted", "icon_scenes_colour", "icon_scenes_pixel", "icon_scenes_dark"]
+GROUPS = {"eleven": ELEVEN, "variants": VARIANTS, "icons": ICONS}
 SOURCE = {"crossdomain": ("imagenet", VARIANTS), "crossdataset": ("imagenet", ELEVEN[1:])}
 PROTOCOLS = ("base2new", "fewshot", "crossdomain", "crossdataset")
 ZERO_SHOT = "ZeroshotCLIP"
@@ -77,7 +77,7 @@ class Run:
 class Plan:
     """Names a protocol's parameters once; `chains()` lists its runs.
 
-    validation: base2new inside the base classes, on validation scenes, to choose options by (EmojiScenes alone has it).
+    validation: base2new inside the base classes, on validation scenes, to choose options by (IconScenes alone has it).
 
     Raises: ValueError with one line for an unknown protocol, host, data set or configuration.
     """

@@ -1,6 +1,6 @@
 """Frozen blocks run once: hidden states on entering block s are kept per image, and trainers start from there.
 
-Where a host trains nothing before block s and images are not augmented (EmojiScenes' setting), every epoch computes the
+Where a host trains nothing before block s and images are not augmented (IconScenes' setting), every epoch computes the
 same hidden states. ``CachedTower`` makes any such trainer, with or without Spotlighter, read them instead of pictures;
 its numbers are the plain trainer's up to the half precision in which states are kept.
 """

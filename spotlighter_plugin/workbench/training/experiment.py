@@ -15,8 +15,6 @@ from torch.utils.data import DataLoader, Subset
 from .settings import import_trainers_and_datasets, parse, setup_cfg
 from .train import set_random_seed
 
-FAMILY = [f"configs/datasets/emoji_scenes{part}.yaml" for part in ("", "_pixel", "_dark", "_swap", "_shift")]
-
 
 @dataclass
 class Method:
