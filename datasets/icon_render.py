@@ -72,7 +72,8 @@ def draw(numbers: Tensor, scene: Plan, ink: Tensor, domain: Tensor, colour: Tens
     rows = (domain == DOMAINS.index("colour")).nonzero()[:, 0]
     if len(rows):
         under = image[rows]
-        own = _blend(under, _bands(numbers[rows], scene.left[rows], scene.top[rows], scene.side[rows]), cover[rows, 0, None])
+        bands = _bands(numbers[rows], scene.left[rows], scene.top[rows], scene.side[rows])
+        own = _blend(under, bands, cover[rows, 0, None])
         if colour is not None:
             planes = _place(_premultiplied(colour[rows]), boxes[rows, :1].expand(-1, 4, -1))  # (b, 4, 112, 112)
             whole = ((under * (256 - planes[:, 3:]) / 256).floor() + planes[:, :3]).clamp(max=255)

@@ -1,9 +1,10 @@
 """IconScenes, the bundled benchmark: scenes around drawings by many hands, no drawing in two splits.
 
 A class is a concept that 28 different drawings show: 16 for shots, 4 for validation, 8 for test; pre-training saw
-others. Scenes are pure functions of (split, domain, class, drawing, number), drawn by ``icon_render`` and written once as
-PNG under ``<root>/icon_scenes/<domain>/<split>/<class>/``; only those that a run asks for are written. The first half of
-the classes is base, the other new. Five data sets share the drawings and differ in their domain, and so in every scene.
+others. Scenes are pure functions of (split, domain, class, drawing, number), drawn by ``icon_render`` and written
+once as PNG under ``<root>/icon_scenes/<domain>/<split>/<class>/``; only those that a run asks for are written. The
+first half of the classes is base, the other new. Five data sets share the drawings and differ in their domain, and so
+in every scene.
 """
 
 import hashlib

@@ -16,10 +16,9 @@ import pytest
 import yaml
 from dassl.config import get_cfg_default
 from rich.console import Console
-from scenes_kit import few, fewer_scenes
+from scenes_kit import fewer_scenes
 from yacs.config import CfgNode
 
-from datasets import icon_scenes
 from spotlighter_plugin import cli
 from spotlighter_plugin.config import extend_cfg, from_cfg
 from spotlighter_plugin.workbench.pictures.curves import read_points

@@ -29,7 +29,8 @@ class Words:
         import clip
 
         self.tokenize, self.names, self.device = clip.tokenize, list(names), device
-        media = [f"a {adjective} {medium} of a".replace("  ", " ") for adjective in ADJECTIVES.values() for medium in MEDIA]
+        adjectives = [f"a {adjective}".strip() for adjective in ADJECTIVES.values()]
+        media = [f"{adjective} {medium} of a" for adjective in adjectives for medium in MEDIA]
         grounds = [f"on a {ground} background" for ground in icon_render.GROUNDS]
         self.tables, start = {}, 1  # phrase 0 says nothing
         parts = {"medium": media, "size": SIZES, "style": styles, "place": PLACES, "ground": grounds, "name": names}
@@ -38,8 +39,8 @@ class Words:
             self.tables[part], start = start, start + len(texts)
             phrases += texts
         phrases.append(".")
-        tokens = [self.tokenize([phrase])[0] if phrase else torch.zeros(77, dtype=torch.long) for phrase in phrases]
-        tokens = [row[1 : int(row.argmax())] if phrase else row[:0] for row, phrase in zip(tokens, phrases, strict=True)]
+        self.phrases = phrases
+        tokens = [row[1 : int(row.argmax())] for row in self.tokenize(phrases)]
         extra = self.tokenize(["X", "a", "the", "itap this that"])
         self.ids = torch.cat([torch.tensor([0, START, END]), *tokens, extra.flatten()]).unique()
         self.row = torch.zeros(49408, dtype=torch.long)
@@ -56,15 +57,16 @@ class Words:
         end = tokens.argmax(1)
         return self.row[tokens[:, : int(end.max()) + 1]].to(device), end.to(device)
 
-    def captions(self, scenes, main: Tensor, scene, domain: Tensor, some: Tensor, every_part: bool = False):
-        """Captions of the scenes ``some`` (n,): rows (n, T) and ends (n,).
+    def captions(
+        self, scenes, main: Tensor, scene: icon_render.Plan, domain: Tensor, some: Tensor, every_part: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Captions of the scenes ``some`` (n,) among B: rows (n, T) and ends (n,).
 
-        Each part is left out half of the time; with ``every_part`` only one of four, so that none is as short as a
-        hand-written prompt.
+        scenes: whose drawings ``main`` (B,) are, with their names and styles; domain: (B,). Each part is left out half
+        of the time; with ``every_part`` just one, so that no caption is as short as a hand-written prompt.
         """
-        n, device = len(some), main.device
-        side, centre_x, centre_y = scene.side[some], scene.left[some] + scene.side[some] // 2, scene.top[some] + scene.side[some] // 2
-        third = lambda at: (3 * (at - side // 2) // (icon_render.SIZE - side + 1)).clamp(0, 2)  # noqa: E731
+        n, device, side = len(some), main.device, scene.side[some]
+        third = lambda start: (3 * start[some] // (icon_render.SIZE - side + 1)).clamp(0, 2)  # noqa: E731
         size = (side - icon_render.SMALLEST) * 3 // (icon_render.LARGEST - icon_render.SMALLEST + 1)
         medium = torch.randint(len(MEDIA), (n,), device=device)
         if every_part:
@@ -77,7 +79,7 @@ class Words:
             "medium": adjective * len(MEDIA) + medium,
             "size": size.clamp(0, 2),
             "style": scenes.style[main[some]],
-            "place": third(centre_y) * 3 + third(centre_x),
+            "place": third(scene.top) * 3 + third(scene.left),
             "ground": scene.ground[some],
             "name": scenes.label[main[some]],
         }

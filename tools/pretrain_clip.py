@@ -8,11 +8,12 @@
 Scenes are drawn where the model trains, on a GPU in bfloat16 or on a CPU; the schedule follows the clock, and a killed
 run goes on from ``DIR/last.pt``. Stages: a window of 6 x 6 patches around one icon, dark on a plain ground and in the
 middle at first, for 6 blocks; 12 blocks, each second one of them new and at first without effect, and a window of
-8 x 8; half of the patches of whole scenes; all patches. Losses: a linear classifier over all names that is thrown
-away, and soon contrast of captions that say domain, size, style, place and ground. At last the
-text tower is trained anew on the frozen image features, on captions alone: no class name by itself is ever taught, so
-a context can say more than the hand-written template. ``--distil`` learns another CLIP's image features instead, for
-its text tower. Looked at on validation drawings; the file's metadata has the accuracy on test drawings.
+8 x 8; half of the patches of whole scenes; all patches. Losses: a linear classifier over all names that is thrown away,
+and soon contrast of captions that say domain, size, style, place and ground.
+
+At last the text tower is trained anew on the frozen image features, on captions alone: no class name by itself is ever
+taught, so a context can say more than the hand-written template. ``--distil`` learns another CLIP's image features
+instead, for its text tower. Looked at on validation drawings; the file's metadata has the accuracy on test drawings.
 """
 
 import argparse
@@ -42,6 +43,7 @@ EMBED, BLOCKS = 128, 12
 STAGES = ((0.22, "window", 6), (0.4, "window", 8), (0.78, "part", 98), (1.0, "all", 196))  # end, kind, patches
 SIDES = {6: (36, 44), 8: (40, 60)}  # px of the icon; elsewhere the benchmark's
 ALL_DOMAINS_FROM, CAPTIONS_FROM = 0.22, 0.05
+POOL = 2**22  # draws that are made at once
 CHUNK = 128  # scenes drawn and encoded at once where nothing is trained
 SOURCE = 0.8  # share of scenes of the source domain
 EVALUATED = 0.35  # share of scenes of the benchmark's concepts
@@ -55,8 +57,9 @@ def build(vocabulary: int, blocks: int, width: int) -> nn.Module:
     from clip.model import CLIP
 
     model = CLIP(
-        embed_dim=EMBED, image_resolution=icon_render.SIZE, vision_layers=blocks, vision_width=width, vision_patch_size=PATCH,
-        context_length=77, vocab_size=vocabulary, transformer_width=128, transformer_heads=2, transformer_layers=4,
+        embed_dim=EMBED, image_resolution=icon_render.SIZE, vision_layers=blocks, vision_width=width,
+        vision_patch_size=PATCH, context_length=77, vocab_size=vocabulary, transformer_width=128, transformer_heads=2,
+        transformer_layers=4,
     ).float()  # fmt: skip
     frequency = 0.5 * 24.0 ** (-torch.arange(width // 4) / (width // 4 - 1)) * math.pi
     angle = torch.arange(GRID)[:, None] * frequency
@@ -165,19 +168,24 @@ class Scenes:
         self.device = device
         as_tensor = lambda name: torch.from_numpy(np.ascontiguousarray(pack[name])).to(device)  # noqa: E731
         self.ink, self.label, self.style = as_tensor("ink"), as_tensor("name").long(), as_tensor("style").long()
-        self.colour, self.palette, self.colour_row = as_tensor("colour"), as_tensor("palette"), as_tensor("colour_row").long()
+        self.colour, self.palette = as_tensor("colour"), as_tensor("palette")
+        self.colour_row = as_tensor("colour_row").long()
         self.concept = torch.full((len(pack["names"]),), -1, device=device)  # of each name, the benchmark's or -1
         self.concept[self.label] = as_tensor("eval").long()
         count = torch.bincount(self.label, minlength=len(self.concept)).float()
         weight = (1 / count.clamp(min=1).sqrt())[self.label]  # a name as often as the root of its drawings
         evaluated = self.concept[self.label] >= 0
-        self.pools = [torch.multinomial(torch.where(mask, weight, 0), 2**22, replacement=True) for mask in (evaluated, ~evaluated)]
+        weights = [torch.where(mask, weight, 0) for mask in (evaluated, ~evaluated)]
+        self.pools = [torch.multinomial(each, POOL, replacement=True) for each in weights]
         self.prior = torch.zeros(len(self.concept), device=device)
         for pool, share in zip(self.pools, (EVALUATED, 1 - EVALUATED), strict=True):
             self.prior += share * torch.bincount(self.label[pool], minlength=len(self.prior)).float() / len(pool)
 
-    def batch(self, n: int, share: float, stage: str, size: int):
-        """n scenes, the first EVALUATED of them of the benchmark's concepts: images, drawings (n,), plan, domains (n,)."""
+    def batch(self, n: int, share: float, stage: str, size: int) -> tuple[Tensor, Tensor, icon_render.Plan, Tensor]:
+        """n scenes of a stage after a share of the time, the first EVALUATED of them of the benchmark's concepts.
+
+        Returns images (n, 3, 112, 112) uint8, drawings (n,), the plan and domains (n,).
+        """
         device = self.device
         first = round(n * EVALUATED)
         pick = lambda pool, k: pool[torch.randint(len(pool), (k,), device=device)]  # noqa: E731
@@ -192,12 +200,12 @@ class Scenes:
         domain = torch.randint(1, len(icon_render.DOMAINS), (n,), device=device)
         domain[torch.rand(n, device=device) < (SOURCE if share >= ALL_DOMAINS_FROM else 1.0)] = 0
         row = self.colour_row[main]
-        own = self._rgba(row.clamp(min=0)) * ((row >= 0) & (domain == icon_render.DOMAINS.index("colour")))[:, None, None, None]
+        coloured = (row >= 0) & (domain == icon_render.DOMAINS.index("colour"))
+        own = self._rgba(row.clamp(min=0)) * coloured[:, None, None, None]
         planes = distort(torch.cat([self.ink[main][:, None], own], 1).float())
         ink = torch.cat([planes[:, :1], self.ink[others]], 1)
         images = icon_render.draw(numbers, scene, ink, domain, planes[:, 1:])
         return images, main, scene, domain
-
 
     def _rgba(self, row: Tensor) -> Tensor:
         """The drawings' own colours and where they are: (n,) → (n, 4, 64, 64)."""
@@ -207,7 +215,7 @@ class Scenes:
 
 
 def distort(planes: Tensor) -> Tensor:
-    """Drawings (B, n, 64, 64) turned, sheared, stretched, mirrored, thickened or thinned, and in part left out: uint8."""
+    """Drawings (B, 1 + n, 64, 64) turned, sheared, stretched, mirrored, the first thickened or thinned, cut: uint8."""
     n, device = len(planes), planes.device
     rand = lambda: torch.rand(n, device=device)  # noqa: E731
     angle, shear = (rand() - 0.5) * 0.6, (rand() - 0.5) * 0.4
@@ -215,7 +223,8 @@ def distort(planes: Tensor) -> Tensor:
     mirror = torch.where(rand() < 0.25, -1.0, 1.0)
     c, s = angle.cos(), angle.sin()
     zero = torch.zeros_like(c)
-    theta = torch.stack([torch.stack([mirror * c / wide, s / wide + shear, zero], 1), torch.stack([-s / high, c / high, zero], 1)], 1)
+    rows = (mirror * c / wide, s / wide + shear, zero), (-s / high, c / high, zero)
+    theta = torch.stack([torch.stack(row, 1) for row in rows], 1)  # (B, 2, 3)
     grid = F.affine_grid(theta, planes.shape, align_corners=False)
     planes = F.grid_sample(planes, grid, align_corners=False)
     ink, kind = planes[:, :1], rand()[:, None, None, None]
@@ -224,7 +233,8 @@ def distort(planes: Tensor) -> Tensor:
     ink = torch.where(kind < 0.2, thick, torch.where(kind > 0.88, thin, ink))
     at = torch.arange(64, device=device)
     x, y, side = rand()[:, None] * 64, rand()[:, None] * 64, 8 + 12 * rand()[:, None]
-    hole = ((at - x).abs() < side / 2)[:, None, :] & ((at - y).abs() < side / 2)[:, :, None] & (rand() < 0.3)[:, None, None]
+    hole = ((at - x).abs() < side / 2)[:, None, :] & ((at - y).abs() < side / 2)[:, :, None]
+    hole = hole & (rand() < 0.3)[:, None, None]
     return torch.cat([ink, planes[:, 1:]], 1).mul(~hole[:, None]).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -266,7 +276,8 @@ def zero_shot(model, words, split: str, scenes_each: int, stage: str, size: int,
             some = numbers[few].to(device)
             scene = icon_render.plan(some, *SIDES.get(size, (icon_render.SMALLEST, icon_render.LARGEST)))
             drawings = torch.cat([ink[which[few]][:, None], ink[others[few]]], 1).to(device)
-            images = icon_render.draw(some, scene, drawings, torch.full_like(scene.side, number), colour[which[few]].to(device))
+            own = colour[which[few]].to(device)
+            images = icon_render.draw(some, scene, drawings, torch.full_like(scene.side, number), own)
             features = encode_image(model, images, patches_of(scene, stage, size), dtype)
             right += ((features @ text.T).argmax(1).cpu() == which[few] // per_class).sum().item()
         result[domain] = round(100 * right / len(which), 1)
@@ -274,6 +285,7 @@ def zero_shot(model, words, split: str, scenes_each: int, stage: str, size: int,
 
 
 def save(state: dict, path: Path) -> None:
+    """Write aside, then rename."""
     aside = path.with_suffix(".part")
     torch.save(state, aside)
     os.replace(aside, path)
@@ -300,6 +312,7 @@ def descend(loss: Tensor, parameters: list[tuple[str, Tensor]], optimizers, shar
 
 
 def contrast(image: Tensor, text: Tensor, log_scale: Tensor) -> Tensor:
+    """CLIP's symmetric loss of n pairs (n, d) of unit length."""
     similarity = log_scale.clamp(max=math.log(100)).exp() * image @ text.T
     target = torch.arange(len(image), device=image.device)
     return (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target)) / 2
@@ -343,8 +356,9 @@ def train_image_tower(args, scenes: Scenes, words, teacher, device, dtype) -> nn
         image = encode_image(model, images, patches, dtype)
         if teacher is None:
             guess = classifier(16 * image)
+            among, concept = guess[:first, evaluated], scenes.concept[labels[:first]]
             losses = {"names": F.cross_entropy(guess, labels, label_smoothing=0.1),
-                      "concepts": F.cross_entropy(guess[:first, evaluated], scenes.concept[labels[:first]], label_smoothing=0.1)}  # fmt: skip
+                      "concepts": F.cross_entropy(among, concept, label_smoothing=0.1)}  # fmt: skip
             loss = (1 if share < 0.5 else 0.5) * (0.5 * losses["names"] + losses["concepts"])
             if share > CAPTIONS_FROM:
                 some = torch.cat([torch.arange(0, first, 2), torch.arange(first, args.batch, 3)]).to(device)
@@ -375,7 +389,7 @@ def train_image_tower(args, scenes: Scenes, words, teacher, device, dtype) -> nn
                   "step": step, "seen": seen, "blocks": len(model.visual.transformer.resblocks)}, last)  # fmt: skip
             spoken = time.time()
     print(f"{seen:,} scenes seen", flush=True)
-    args.seen = seen
+    args.scenes_seen = seen
     return model if teacher is None else with_text(model, teacher)
 
 
@@ -387,10 +401,12 @@ def with_text(model: nn.Module, other: nn.Module) -> nn.Module:
 
 
 def train_text_tower(args, model: nn.Module, scenes: Scenes, words, device, dtype) -> None:
-    """The text tower anew, on captions alone, in contrast with frozen features of scenes as often as there are drawings.
+    """The text tower anew, on captions alone, in contrast with frozen features of scenes.
 
-    Short and of few scenes on purpose: a CLIP's texts know less of a class than its image features do.
+    Names come as often as they have drawings. Short and of few scenes on purpose: a CLIP's texts know less of a class
+    than its image features do.
     """
+    torch.manual_seed(args.text_seed)
     scenes.pools = [torch.arange(len(scenes.label), device=device)] * 2
     drawn, features = [], []
     with torch.no_grad():
@@ -415,7 +431,7 @@ def train_text_tower(args, model: nn.Module, scenes: Scenes, words, device, dtyp
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pack", type=Path, required=True, help="folder of pre-training drawings, made by build_icons.py")
+    parser.add_argument("--pack", type=Path, required=True, help="drawings for pre-training, made by build_icons.py")
     parser.add_argument("--work", type=Path, required=True, help="folder for the resumable state")
     parser.add_argument("--out", type=Path, required=True, help="safetensors file to write at the end")
     parser.add_argument("--distil", type=Path, help="learn this CLIP's image features, for its text tower")
@@ -428,6 +444,7 @@ def main():
     parser.add_argument("--lr", type=float, default=2e-3, help="of AdamW, for all but the blocks' matrices")
     parser.add_argument("--muon-lr", type=float, default=0.02, help="of Muon, for the blocks' matrices")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--text-seed", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--check-every", type=float, default=25, help="seconds between looks at validation drawings")
     args = parser.parse_args()
@@ -447,13 +464,13 @@ def main():
         weights["token_embedding.weight"] = weights["token_embedding.weight"][words.ids]
         teacher.load_state_dict({name: weights[name] for name in teacher.state_dict()})
         teacher = teacher.to(device).requires_grad_(False)
-    args.seen = 0
     model = train_image_tower(args, scenes, words, teacher, device, dtype)
     if teacher is None:
         save({"model": model.state_dict()}, args.work / "before_text.pt")
         train_text_tower(args, model, scenes, words, device, dtype)
     accuracy = zero_shot(model, words, "test", 3, "all", 196, device, dtype)
-    recipe = {key: str(value) for key, value in vars(args).items() if key not in ("pack", "work", "out")}
+    recipe = {key: value for key, value in vars(args).items() if key not in ("pack", "work", "out", "check_every")}
+    recipe |= {"distil": args.distil and args.distil.stem, "device": f"{device.type}, {dtype}".replace("torch.", "")}
     metadata = {"recipe": json.dumps(recipe), "zero-shot on test drawings": json.dumps(accuracy)}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     save_compact(model.state_dict(), args.out, rows=words.ids, half=True, metadata=metadata)

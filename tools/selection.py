@@ -28,6 +28,7 @@ from spotlighter_plugin.config import ACTIVATIONS  # noqa: E402
 from spotlighter_plugin.workbench.sweeps.plan import ICONS  # noqa: E402
 from spotlighter_plugin.workbench.training.experiment import Laboratory, Method, harmonic_mean  # noqa: E402
 
+FAMILY = [f"configs/datasets/{name}.yaml" for name in ICONS]
 ZERO_SHOT = Method("zero-shot CLIP", "ZeroshotCLIP")
 
 
@@ -75,7 +76,7 @@ def main():
     parser.add_argument("--block", type=int, default=-1, help="tokens are selected before this block")
     parser.add_argument("--kept", type=int, nargs="+", default=[8, 16, 48, 96, 196], help="the last must be all tokens")
     parser.add_argument("--thin", type=int, default=1, help="look at every n-th test scene only")
-    parser.add_argument("--datasets", nargs="+", default=[f"configs/datasets/{name}.yaml" for name in ICONS], help="configuration files")
+    parser.add_argument("--datasets", nargs="+", default=FAMILY, help="configuration files")
     args = parser.parse_args()
     every = {Path(d).stem: harmonic_means(d, args.root, args.block, args.kept, args.thin) for d in args.datasets}
     mean = {row: float(np.mean([results[row] for results in every.values()])) for row in next(iter(every.values()))}
