@@ -259,8 +259,8 @@ def test_real_training_killed_at_a_random_moment_and_started_again_ends_with_the
     runs = [each for chain in chains for each in chain]
     assert len(runs) == 2 * (2 + 1) * 3
     script = (
-        "import sys, pathlib; sys.path.insert(0, sys.argv[2]); import conftest, test_sweep as t;"
-        "vars(t.icon_scenes).update(t.few()); t.sweep_both(pathlib.Path(sys.argv[1]))"
+        "import sys, pathlib; sys.path.insert(0, sys.argv[2]); import conftest, scenes_kit, test_sweep;"
+        "vars(scenes_kit.icon_scenes).update(scenes_kit.few()); test_sweep.sweep_both(pathlib.Path(sys.argv[1]))"
     )
     first = subprocess.Popen([sys.executable, "-c", script, tmp_path, os.path.dirname(__file__)])
     begun = random.choice(runs[:-2]).folder
