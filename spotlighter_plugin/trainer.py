@@ -131,6 +131,8 @@ class SpotlighterTrainerMixin:
             raise FileNotFoundError(f'Model not found at "{path}": set --model-dir and --load-epoch')
         checkpoint = load_checkpoint(path)
         plugin.load_state_dict(checkpoint["state_dict"])
+        if self.model.config.prototype_logits and plugin.memory.is_empty:
+            print(f"Note: {path} was saved to go on from, in the middle of training: it remembers no shots")
         print(f'Loaded {self.folder} from "{path}" (epoch = {checkpoint["epoch"]})')
 
     def shot_loader(self):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import dassl_kit
+import fake_home
 import miniatures
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 
 from datasets import common
 from datasets.benchmarks import DATASET_REGISTRY
-from spotlighter_plugin import files
+from spotlighter_plugin import cli, files
 from spotlighter_plugin.runtime.dassl import evaluation, utils
 from spotlighter_plugin.runtime.dassl.engine import checkpoints
 from spotlighter_plugin.runtime.dassl.utils import checkpoint
@@ -600,6 +601,52 @@ def test_the_screen_gets_ten_lines_of_settings_and_the_log_all(root, capsys):
     assert len(before.splitlines()) <= 10 and "Linear" in before and str(root / "out") in before
     log = (root / "out" / "log.txt").read_text()
     assert "** Arguments **" in log and "WEIGHT_DECAY: 0.0005" in log and "** System info **" in log
+
+
+def test_a_sweep_ends_with_its_folder_and_what_to_type_next(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(fake_home.make(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["spotlighter"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["sweep", "fewshot", "--hosts", "CoOp", "--datasets", "dtd", "--seeds", "1", "--shots", "1"])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert ended.value.code == 0 and str(tmp_path / "output") in last and "spotlighter report output" in last
+
+
+@pytest.mark.parametrize("command", ["doctor", "attach FORK --dry-run"])
+def test_a_dassl_without_scikit_learn_is_told_without_a_traceback(command, tmp_path):
+    for name, text in (("dassl", "import sklearn.metrics\n"), ("sklearn", "raise ModuleNotFoundError('no sklearn')\n")):
+        (_made(tmp_path / name) / "__init__.py").write_text(text)
+    fork = _made(tmp_path / "fork")
+    (fork / "train.py").write_text("from dassl.utils import setup_logger\nimport trainers.coop\n")
+    (_made(fork / "trainers") / "coop.py").write_text("@TRAINER_REGISTRY.register()\nclass CoOp(TrainerX):\n    pass\n")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]), "COLUMNS": "200"}
+    arguments = command.replace("FORK", str(fork)).split()
+    done = subprocess.run(
+        [sys.executable, "-m", "spotlighter_plugin", *arguments], env=env, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert "Traceback" not in done.stderr + done.stdout
+    if command == "doctor":
+        assert done.returncode == 1 and "no sklearn" in done.stdout and done.stderr.count("\n") == 1
+    else:
+        assert "sklearn" not in done.stderr
+
+
+def test_a_projection_takes_the_one_image_that_is_left_of_a_batch_but_no_batches_of_one():
+    from trainers.promptkd import FeatureProjection, PromptKD
+
+    projection = FeatureProjection(4, 6)
+    assert torch.isfinite(projection(torch.ones(1, 4))).all() and projection(torch.ones(3, 4)).shape == (3, 6)
+    from spotlighter_plugin.workbench.training import settings
+
+    cfg = settings.setup_cfg(
+        settings.parse(
+            ["--trainer", "PromptKD", "--dataset-config-file", "configs/datasets/dtd.yaml"]
+            + ["DATALOADER.TRAIN_X.BATCH_SIZE", "1"]
+        ),
+        settings.import_trainers_and_datasets(),
+    )
+    with pytest.raises(ValueError, match="DATALOADER.TRAIN_X.BATCH_SIZE is 1"):
+        PromptKD.check_cfg(PromptKD.__new__(PromptKD), cfg)
 
 
 # -- memory ----------------------------------------------------------------------------------------------------

@@ -52,6 +52,7 @@ class FeatureProjection(nn.Module):
         )  # 1 x 1 convolutions are linear layers; upstream's checkpoints have them in this shape
 
     def forward(self, features):
+        self.conv1[1].train(self.training and len(features) > 1)  # one image, left of a batch, has no variance
         return self.conv1(features[..., None, None]).flatten(1)  # (B, d, 1, 1) -> (B, d of the teacher)
 
 
@@ -91,6 +92,9 @@ class PromptKD(HostTrainer):
         super().check_cfg(cfg)
         if cfg.TRAINER.MODAL not in MODALS:
             raise ValueError(f"TRAINER.MODAL {cfg.TRAINER.MODAL!r} is unknown: choose one of {', '.join(MODALS)}")
+        size = cfg.DATALOADER.TRAIN_X.BATCH_SIZE
+        if size == 1:
+            raise ValueError("DATALOADER.TRAIN_X.BATCH_SIZE is 1: PromptKD's projection normalizes over batches")
         temperature = cfg.TRAINER.PROMPTKD.TEMPERATURE
         if temperature <= 0:
             raise ValueError(f"TRAINER.PROMPTKD.TEMPERATURE {temperature} is not above 0: raise it")

@@ -147,8 +147,6 @@ class Plan:
         flags += ["--config-file", f"configs/trainers/{host}/{self.config}.yaml"]
         if needs is not None or host == ZERO_SHOT:
             flags += ["--eval-only", *(["--model-dir", needs] if needs else [])]
-        else:
-            settings = (*settings, "TRAIN.CHECKPOINT_FREQ", 5)  # what a killed run is resumed from
         options = (*settings, *self.options)
         name = f"{host} {dataset} {name} seed {seed}"
         return Run(name, folder, tuple(map(str, flags)), tuple(map(str, options)), needs)
