@@ -131,7 +131,7 @@ class SpotlighterTrainerMixin:
             raise FileNotFoundError(f'Model not found at "{path}": set --model-dir and --load-epoch')
         checkpoint = load_checkpoint(path)
         plugin.load_state_dict(checkpoint["state_dict"])
-        if self.model.config.prototype_logits and plugin.memory.is_empty:
+        if plugin.memory is not None and not plugin.memory.filled.any():
             print(f"Note: {path} was saved to go on from, in the middle of training: it remembers no shots")
         print(f'Loaded {self.folder} from "{path}" (epoch = {checkpoint["epoch"]})')
 
@@ -177,6 +177,8 @@ class SpotlighterTrainerMixin:
             print(f"Match with {count} shots: weight {weight:.3g}, {100 * right:.1f} % of the {held_out} right")
         elif weight:
             print(f"Match with {count} shots: weight {weight:.3g}, {SAY:.0%} of what the texts say of the {held_out}")
+        else:
+            print(f"Match with {count} shots: weight 0, it is left out: there are no {held_out} to weigh it on")
 
     def _filed_shots(self):
         """A function that goes through the shots, with the classes that the host files them under, found out once."""

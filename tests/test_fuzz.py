@@ -56,8 +56,9 @@ numbers = st.one_of(
     st.sampled_from([0.1, 1e39, 2**31, 2**32, 2**63, -1, 0]),
 )
 plain = st.one_of(numbers, st.none(), st.booleans(), st.text(max_size=8), st.sampled_from(["sgd", "adam", "cosine"]))
+short = st.text(max_size=3)
 values = st.recursive(
-    plain, lambda inner: st.lists(inner, max_size=3) | st.tuples(inner, inner) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    plain, lambda inner: st.lists(inner, max_size=3) | st.tuples(inner, inner) | st.dictionaries(short, inner, max_size=2),
     max_leaves=4,
 )  # fmt: skip
 

@@ -155,6 +155,24 @@ def test_the_match_is_never_weighed_on_test_images(tmp_path, options, validation
     assert trainer.model.plugin.memory.filled.sum() == len(shots)
 
 
+def test_a_match_that_nothing_can_weigh_is_left_out_and_said_so(tmp_path, options, monkeypatch, capsys):
+    trainer = spotlighter(tmp_path, options, "OPTIM.MAX_EPOCH", 1)
+    trainer.val_loader = None
+    shots = trainer.dm.dataset.train_x
+    monkeypatch.setattr(trainer.dm.dataset, "_train_x", [shots[i] for i in range(0, len(shots), 4)])
+    trainer.train()
+    assert "weight 0, it is left out: there are no held-out shots" in capsys.readouterr().out
+
+
+def test_a_checkpoint_in_the_middle_of_training_says_that_it_remembers_nothing(tmp_path, options, capsys):
+    trainer = spotlighter(tmp_path, options, "OPTIM.MAX_EPOCH", 2, "TRAIN.CHECKPOINT_FREQ", 0)
+    trainer.train()
+    for epoch, is_said in ((1, True), (2, False)):
+        capsys.readouterr()
+        trainer.load_model(trainer.output_dir, epoch)
+        assert ("remembers no shots" in capsys.readouterr().out) == is_said
+
+
 def test_of_a_large_training_set_a_fixed_sample_of_twice_what_the_memory_holds_is_looked_at(tmp_path, options):
     trainer = spotlighter(tmp_path, options, "TRAINER.SPOTLIGHTER.MATCH_SHOTS", 1)
     seen = [[path for batch in trainer.shot_loader() for path in batch["impath"]] for _ in range(2)]

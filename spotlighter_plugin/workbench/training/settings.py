@@ -202,6 +202,9 @@ def _check(cfg):
     size = cfg.INPUT.SIZE
     if len(size) != 2 or not all(type(side) is int and 1 <= side <= 10_000 for side in size):
         raise ValueError(f"INPUT.SIZE is {tuple(size)}, must be (height, width) in pixels, 1 to 10000")
+    steps = cfg.OPTIM.STEPSIZE
+    if not steps or not all(type(step) is int for step in steps):
+        raise ValueError(f"OPTIM.STEPSIZE is {steps}, must be numbers of epochs")
     for key in ("PIXEL_MEAN", "PIXEL_STD"):
         if len(cfg.INPUT[key]) != 3 or not all(type(part) in (int, float) for part in cfg.INPUT[key]):
             raise ValueError(f"INPUT.{key} is {cfg.INPUT[key]}, must be three numbers")
