@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -677,3 +678,13 @@ def test_ten_thousand_classes_are_evaluated_in_a_few_megabytes(tmp_path):
         evaluator.process(torch.randn(32, 10_000, generator=rng).scatter(1, labels[:, None], 9.0), labels)
     assert evaluator.evaluate()["accuracy"] > 99
     assert resident() - before < 500e6
+
+
+# -- the document ----------------------------------------------------------------------------------------------
+
+
+def test_every_row_of_the_document_names_a_test_that_there_is():
+    rows = re.findall(r"^\|.*\| `(\w+): (\w+)` \|$", (ROOT / "docs" / "reliability.md").read_text("utf-8"), re.M)
+    assert len(rows) > 50
+    for file, name in rows:
+        assert f"def test_{name}(" in (ROOT / "tests" / f"test_{file}.py").read_text("utf-8"), (file, name)
