@@ -123,7 +123,7 @@ def test_a_stage_looks_at_as_many_patches_as_it_says_the_icon_among_them(pack, s
     _, _, scene, _ = tool.Scenes(pack, CPU).batch(40, 0.5, stage, size)
     patches = tool.patches_of(scene, stage, size)
     assert patches.shape == (40, size**2 if stage == "window" else size)
-    assert all(len(set(row)) == len(row) and 0 <= min(row) and max(row) < 196 for row in patches.tolist())
+    assert all(len(set(row)) == len(row) and min(row) >= 0 and max(row) < 196 for row in patches.tolist())
     middle = (scene.top + scene.side // 2) // 8 * 14 + (scene.left + scene.side // 2) // 8
     seen = (patches == middle[:, None]).any(1).float().mean()
     assert seen == 1 if stage == "window" else seen > 0.5
@@ -178,7 +178,7 @@ def test_a_killed_run_goes_on_and_writes_a_clip_that_says_how_it_was_made(train,
         train("tower")
     monkeypatch.setattr(tool, "save", save)
     path = train("tower")
-    assert f"resumed after {saved[-1] / 60:.1f} minutes" in capsys.readouterr().out 
+    assert f"resumed after {saved[-1] / 60:.1f} minutes" in capsys.readouterr().out
     clip = load_clip(str(path))
     assert len(clip.visual.transformer.resblocks) == 12 and clip.visual.input_resolution == 112
     with safetensors.safe_open(path, "pt") as file:
