@@ -4,10 +4,13 @@ import math
 from dataclasses import dataclass, fields
 from itertools import pairwise
 
+from .method.schedule import Step, Tower, place, steps
+
 ACTIVATIONS = ("attention", "lens", "random")
 MAPPINGS = ("none", "full", "linear+linear", "transformer+transformer", "transformer+linear")
 LEVELS = ("1+2", "1", "2")
 MOST = 10**9  # of whole numbers
+PLACING = ("select_block", "top_k", "stages", "merge")  # what ``share`` stands for
 LOSSES = ("gra", "gra_low", "gra_high", "reg_text", "kl_visual", "local")
 
 # One row per option, one dictionary per preset. An option that is left at None takes its preset's value.
@@ -30,6 +33,8 @@ PRESETS = {
         "prototype_logits": False,
         "losses": ("gra", "reg_text", "kl_visual", "local"),
         "stages": (),
+        "merge": 0,
+        "share": 0.0,
         "fuse_dropped": False,
         "match_tokens": 8,
     },
@@ -51,6 +56,8 @@ PRESETS = {
         "prototype_logits": True,
         "losses": ("reg_text", "kl_visual", "local"),
         "stages": ((-2, 0.75),),
+        "merge": 0,
+        "share": 0.0,
         "fuse_dropped": True,
         "match_tokens": 12,
     },
@@ -107,6 +114,13 @@ class SpotlighterConfig:
     ``select_block``. ``((3, 64),)`` keeps 64 tokens before block 3, by the sample-wise score there; ``((3, 0.5),)``
     half of the tower's tokens, though never fewer than the next cut. A preset's stages go with its ``select_block``:
     where that is given, there are none."""
+    merge: int | None = None
+    """r ≥ 0, tokens that are merged with those most like them before each of blocks 1…s-1 that has no cut, though never
+    more than half of what is left. A preset's goes with its ``select_block``, like its stages."""
+    share: float | None = None
+    """Share of the host's operations in the vision tower, in (0, 1), that is to be spent: places merges and a cut in a
+    tower of whatever depth and number of tokens (``method.schedule.place``), in the place of ``select_block``,
+    ``top_k``, ``stages`` and ``merge``, which are None then. 0: these say."""
     fuse_dropped: bool | None = None
     """Let the tokens that a cut drops go on as one, their mean weighted by their scores."""
     match_tokens: int | None = None
@@ -121,8 +135,15 @@ class SpotlighterConfig:
     def __post_init__(self):
         _one_of("preset", self.preset, tuple(PRESETS))
         self._given = {field.name for field in fields(self) if getattr(self, field.name) != field.default}
-        if self.stages is None and self.select_block is not None:
-            self.stages = ()
+        placing = [name for name in PLACING if getattr(self, name) is not None]
+        if self.share and placing:
+            given = ", ".join(name.upper() for name in placing)
+            raise ValueError(f"{_option('share')} = {self.share}: it places merges and cuts itself; leave out {given}")
+        if placing and self.share is None:
+            self.share = 0.0
+        if self.select_block is not None:
+            self.stages = () if self.stages is None else self.stages
+            self.merge = 0 if self.merge is None else self.merge
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -142,13 +163,17 @@ class SpotlighterConfig:
             ("lambda1", 0, 10**6),
             ("lambda2", 0, 10**6),
             ("lambda3", 0, 10**6),
+            ("merge", 0, MOST),
             ("match_tokens", 0, MOST),
             ("match_shots", 1, MOST),
             ("lr_multiplier", 0, 10**6),
         ):
-            whole = name in ("top_k", "prototypes", "select_block", "match_tokens", "match_shots", "seed")
+            whole = name in ("top_k", "prototypes", "select_block", "merge", "match_tokens", "match_shots", "seed")
             _number(name, getattr(self, name), low, high, whole)
+        _number("share", self.share, 0, 1, False)
         self.stages = _stages(self.stages, self.top_k)
+        if self.share:
+            self.select_block = self.top_k = self.stages = self.merge = None
         for name in ("semantic_activation", "recalculate", "prototype_logits", "fuse_dropped"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{_option(name)} = {getattr(self, name)!r}: expected True or False")
@@ -192,8 +217,19 @@ class SpotlighterConfig:
         """λ of an auxiliary loss of Eq. 15, by its name in ``LOSSES``."""
         return self.lambda1 if loss.startswith("gra") else self.lambda2 if loss == "reg_text" else self.lambda3
 
+    def steps(self, tower: Tower) -> list[Step]:
+        """Before which blocks a tower's tokens are merged or cut; the last is before block s.
+
+        Raises:
+            ValueError: k exceeds the tokens, a block does not exist, a stage does not come before the next, or no
+                schedule of this tower spends ``share``.
+        """
+        if self.share:
+            return steps(tower, *place(self.share, tower, self.fuse_dropped), self.fuse_dropped)
+        return steps(tower, self.cuts(tower.tokens, tower.blocks), self.merge, self.fuse_dropped)
+
     def cuts(self, n_tokens: int, n_blocks: int) -> list[tuple[int, int]]:
-        """Where a tower of ``n_tokens`` patch tokens and ``n_blocks`` blocks is cut.
+        """Where, without ``share``, a tower of ``n_tokens`` patch tokens and ``n_blocks`` blocks is cut.
 
         Returns:
             Pairs (block, tokens kept): the blocks before which tokens are cut, in [0, n_blocks) and ascending. The last

@@ -15,9 +15,10 @@ from .method import losses
 from .method.classes import listed
 from .method.invariance import check_invariance
 from .method.memory import place_in_class
+from .method.merging import whereabouts
 from .method.objective import objective
 from .method.plugin import Plugin
-from .method.selector import Selector
+from .method.selector import Selector, gazes_of
 from .method.token_stream import TokenStream
 from .pretrained import Pretrained
 
@@ -60,22 +61,22 @@ class SpotlighterWrapper(Pretrained, nn.Module):
                 "which a mapping would replace; take PRESET default or fast"
             )
         layout = self.adapter.layout
-        cuts = config.cuts(layout.n_tokens, len(layout.blocks))
+        self.steps = config.steps(layout.tower(self.adapter.dim))
         self.host = host_model
-        self.stream = TokenStream(layout, *(block for block, _ in cuts))
-        self._kept_early = [kept for _, kept in cuts[:-1]]
-        self.plugin = Plugin(config, self.class_names, cuts[0][1], layout.width, self.adapter.dim, layout.heads)
+        merges = any(step.merges for step in self.steps)
+        self.stream = TokenStream(layout, *(step.block for step in self.steps), weighs=merges)
+        described = next(step.kept for step in self.steps if not step.merges)  # where the first are cut
+        self.plugin = Plugin(config, self.class_names, described, layout.width, self.adapter.dim, layout.heads)
         self.plugin.to(layout.device).train(host_model.training)
         self.invariance: float | None = None
         """By how much the host's logits changed, relative to their scale, when every token was kept; if checked."""
         if check:
             try:
-                self.invariance = check_invariance(self.stream, self.adapter, [kept for _, kept in cuts])
+                self.invariance = check_invariance(self.stream, self.adapter, [step.left for step in self.steps])
             except ValueError:
                 self.detach()
                 raise
-        self.kept: Tensor | None = None
-        """Indices (B, k) in 0…N-1 of the tokens that the latest call kept, best first; for readers alone."""
+        self._trail = []
         self.unreached: set[str] = set()
         """Names of losses that reached no trainable parameter in the latest call with labels and were left out."""
 
@@ -83,6 +84,19 @@ class SpotlighterWrapper(Pretrained, nn.Module):
         """Remove every hook and return the host's model; the wrapper is of no use afterwards."""
         self.stream.detach()
         return self.host
+
+    @property
+    def kept(self) -> Tensor | None:
+        """Patches (B, k) in 0…N-1 of the tokens that the latest call kept, best first; None before any call."""
+        return None if not self._trail else self._whereabouts()[0]
+
+    @property
+    def token_of_patch(self) -> Tensor | None:
+        """For each patch which of the tokens that the latest call kept it is part of, (B, N) in 0…k-1, or -1."""
+        return None if not self._trail else self._whereabouts()[1]
+
+    def _whereabouts(self):
+        return whereabouts(self._trail, self.stream.n_tokens, self.stream.layout.n_lead)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """What the plug-in trains, beside the host's own parameters."""
@@ -226,7 +240,9 @@ class SpotlighterWrapper(Pretrained, nn.Module):
 
         raw_text, text = constant("texts", texts, adapter.train_text)  # (C, d) both
         scale = adapter.logit_scale.float()
-        batch = Selector(self.config, plugin, adapter.layout, adapter.project, constant, images, text, scale)
+        gazes = constant("gazes", lambda: gazes_of(adapter.layout, self.steps))
+        parts = adapter.layout, adapter.project, constant, self.steps, gazes
+        batch = Selector(self.config, plugin, *parts, images, text, scale)
         batch.bias = adapter.logit_bias
         batch.describes = memory is not None and memory.is_ready
         if labels is not None:
@@ -238,8 +254,9 @@ class SpotlighterWrapper(Pretrained, nn.Module):
 
     def _encode(self, adapter, batch: Selector) -> Tensor:
         """One pass through the tower: v before normalization, (B, d)."""
-        with self.stream.selecting(*batch.choices(self._kept_early), layout=batch.layout) as tower:
+        with self.stream.selecting(*batch.choices(), layout=batch.layout) as tower:
             image, batch.own_logits = adapter.classify(batch.images)
             image = batch.image(image, tower)
-        self.kept = batch.kept
+        if not torch.compiler.is_compiling():  # for readers alone
+            self._trail = batch.trail
         return image

@@ -93,6 +93,6 @@ def test_host_prompts_behind_the_tokens_take_attention_but_are_never_candidates(
     layout, hidden = layout_of(random_clip().visual), torch.randn(1 + N_TOKENS + 4, 2, WIDTH)
 
     def of_patches(hidden):
-        return attention_score(*layout.looks(0, hidden))[:, 1 : 1 + N_TOKENS].sum(-1)
+        return attention_score(hidden, layout.gaze(0))[:, 1 : 1 + N_TOKENS].sum(-1)
 
     assert (of_patches(hidden) < of_patches(hidden[: 1 + N_TOKENS])).all()

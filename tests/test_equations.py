@@ -131,7 +131,7 @@ def test_equations_1_and_2_host_logits_are_scaled_cosines_of_the_two_encoders():
 
 def test_attention_score_is_cls_attention_averaged_over_heads(vision):
     block, hidden = vision.transformer.resblocks[1], random(1 + N_TOKENS + 2, B, W)
-    score = activation.attention_score(*layout_of(vision).looks(1, hidden))[:, 1 : 1 + N_TOKENS]
+    score = activation.attention_score(hidden, layout_of(vision).gaze(1))[:, 1 : 1 + N_TOKENS]
     for b in range(B):
         normed = [layer_norm(f64(x), block.ln_1) for x in hidden[:, b]]
         expected = torch.zeros(N_TOKENS, dtype=torch.float64)

@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "spotlighter_plugin"
 # a room may import itself and what stands after it
 ROOMS = (
-    *("__main__", "cli", "workbench", "forks", "trainer", "wrapper", "pretrained", "hosts", "towers", "method"),
-    *("config", "compat", "runtime", "errors", "files"),
+    *("__main__", "cli", "workbench", "forks", "trainer", "wrapper", "pretrained", "hosts", "towers"),
+    *("config", "method", "compat", "runtime", "errors", "files"),
 )
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

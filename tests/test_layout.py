@@ -143,8 +143,7 @@ def test_low_rank_layers_count_in_the_scores():
     weight, bias = affine(layer)
     torch.testing.assert_close(weight, layer.base_layer.weight + layer.up @ layer.down, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(bias, layer.base_layer.bias)
-    hidden = torch.randn(1 + N_TOKENS, 2, 128)
-    seen = [layout_of(t).looks(1, hidden)[2].projections()[0][0] for t in (plain, adapted)]
+    seen = [layout_of(tower).gaze(1).asking[0] for tower in (plain, adapted)]
     assert not torch.allclose(*seen)
 
 

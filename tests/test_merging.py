@@ -1,13 +1,17 @@
 """Merging: its pairs and means against loops in float64, what it leaves alone, and that equal tokens cost nothing."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from method_kit import WIDTH
+from method_kit import N_TOKENS, WIDTH, some_images
 from random_clips import random_clip
 
-from spotlighter_plugin.method.merging import bias_of, follow, keys_of, match, mean_key, merge
+from spotlighter_plugin.method.layout import layout_of
+from spotlighter_plugin.method.merging import follow, keys_of, match, merge, whereabouts
+from spotlighter_plugin.method.token_stream import TokenStream
 
 
 def literal(x, sizes, keys, r, front, back):
@@ -62,34 +66,62 @@ def test_an_image_is_merged_alike_in_whatever_batch_it_comes():
     assert torch.equal(together[:, 4:5], alone)
 
 
-def test_equal_tokens_are_merged_first_and_a_block_that_knows_their_sizes_does_not_notice():
-    block, hidden = random_clip().visual.transformer.resblocks[1], torch.randn(13, 3, WIDTH)
-    hidden[[4, 6, 10]] = hidden[[5, 7, 5]].clone()  # 10 is like 5, too: a token of three
-    with torch.no_grad():
-        keys = keys_of(hidden, mean_key(block), block.ln_1.eps)
-        gone = match(keys, 3, (0, 0)).gone
-        assert torch.equal(gone.sort(1).values, torch.tensor([[4, 6, 10]]).expand(3, -1))
-        merged, sizes = merge(hidden, torch.ones(3, 13), match(keys, 3, (0, 0)))
-        bias = bias_of(sizes, hidden.dtype)
-        hook = block.attn.register_forward_pre_hook(
-            lambda module, args, named: (args, named | {"key_padding_mask": bias}), with_kwargs=True
-        )
-        knowing = block(merged)
-        hook.remove()
-        torch.testing.assert_close(knowing[:4], block(hidden)[:4], atol=1e-5, rtol=1e-5)
-        assert not torch.allclose(block(merged)[:4], block(hidden)[:4], atol=1e-3)
+def test_equal_tokens_are_merged_first_and_a_tower_that_knows_their_sizes_does_not_notice():
+    vision = random_clip().visual.requires_grad_(False)
+    stream, hidden = TokenStream(vision, 1, weighs=True), torch.randn(1 + N_TOKENS, 3, WIDTH)
+    hidden[[5, 7, 11]] = hidden[[6, 8, 6]].clone()  # 11 is like 6, too: a token of three
+    whole, gone = {}, []
+
+    def choose(knows, tower, _):
+        whole["image"] = tower.tail(hidden)[0]
+        plan = match(keys_of(hidden, stream.layout.gaze(1)), 3)
+        gone.append(plan.gone)
+        merged, sizes = merge(hidden, torch.ones(3, len(hidden)), plan)
+        whole["merged"] = tower.tail(merged, sizes)[0]
+        tower.sizes = sizes if knows else None
+        return merged
+
+    for knows in (True, False):
+        with stream.selecting(partial(choose, knows)):
+            image = vision(some_images(3))
+        torch.testing.assert_close(whole["merged"], whole["image"], atol=1e-5, rtol=1e-5)
+        assert torch.allclose(image, whole["image"], atol=1e-4) == knows
+    assert torch.equal(gone[0].sort(1).values, torch.tensor([[5, 7, 11]]).expand(3, -1))
+    stream.detach()
+    assert not any(module._forward_pre_hooks for module in vision.modules())
 
 
 def test_mean_keys_are_the_mean_over_heads_of_the_blocks_own_keys():
     torch.manual_seed(0)
-    block, hidden = random_clip().visual.transformer.resblocks[0], torch.randn(9, 2, WIDTH)
+    vision, hidden = random_clip().visual, torch.randn(9, 2, WIDTH)
+    block, attention = vision.transformer.resblocks[0], vision.transformer.resblocks[0].attn
     torch.nn.init.normal_(block.ln_1.weight)
     torch.nn.init.normal_(block.ln_1.bias)
-    torch.nn.init.normal_(block.attn.in_proj_bias)
-    attention = block.attn
+    torch.nn.init.normal_(attention.in_proj_bias)
     own = block.ln_1(hidden) @ attention.in_proj_weight[WIDTH : 2 * WIDTH].T + attention.in_proj_bias[WIDTH : 2 * WIDTH]
     expected = own.unflatten(-1, (attention.num_heads, -1)).mean(-2).transpose(0, 1)
-    torch.testing.assert_close(keys_of(hidden, mean_key(block), block.ln_1.eps), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(keys_of(hidden, layout_of(vision).gaze(0)), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_picture_knows_which_token_each_of_its_patches_has_become_part_of():
+    torch.manual_seed(0)
+    first, second = match(torch.randn(2, 13, 4), 4, (1, 2)), match(torch.randn(2, 7, 4), 2, (1, 2))
+    kept = torch.tensor([[2, 0, 1, 5], [5, 3, 2, 1]])  # of 6 tokens
+    place, token = whereabouts([first, kept, second], 10, 1)
+    for image in range(2):
+        groups = [[patch] for patch in range(10)]
+        for plan, lead in ((first, 1), (kept[image].tolist(), 0), (second, 1)):
+            if isinstance(plan, list):
+                groups = [groups[i] for i in plan]
+                continue
+            joined = {int(i) - lead: int(j) - lead for i, j in zip(plan.gone[image], plan.into[image], strict=True)}
+            left = [group for i, group in enumerate(groups) if i not in joined]
+            for i, j in joined.items():
+                left[j] = left[j] + groups[i]
+            groups = left
+        expected = [next((i for i, group in enumerate(groups) if patch in group), -1) for patch in range(10)]
+        assert token[image].tolist() == expected
+        assert place[image].tolist() == [group[0] for group in groups]
 
 
 def test_gradients_flow_through_merged_and_single_tokens():

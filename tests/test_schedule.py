@@ -6,7 +6,8 @@ from method_kit import BLOCKS, DIM, HEADS, N_TOKENS, WIDTH, some_images
 from random_clips import random_clip
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from spotlighter_plugin.method.schedule import Step, Tower, describe, lengths, operations, place, steps
+from spotlighter_plugin.config import SpotlighterConfig
+from spotlighter_plugin.method.schedule import Step, Tower, describe, lengths, operations, place, rivals, steps
 from spotlighter_plugin.workbench.speed.stopwatch import operations as counted
 
 B16 = Tower(196, 12, 768, 12, 512, 16)
@@ -22,11 +23,11 @@ def test_the_hosts_operations_are_those_that_pytorch_counts():
 
 def test_merges_go_before_every_block_up_to_the_cut_and_leave_the_fused_token_alone():
     assert steps(B16, [(3, 100), (5, 40)], 10, fuses=True) == [
-        Step(1, 196, 186, True),
-        Step(2, 186, 176, True),
-        Step(3, 176, 101, False),
-        Step(4, 101, 91, True, 1),
-        Step(5, 91, 41, False, 1),
+        Step(1, 196, 186, 186, True),
+        Step(2, 186, 176, 176, True),
+        Step(3, 176, 100, 101, False),
+        Step(4, 101, 90, 91, True),
+        Step(5, 91, 40, 41, False),
     ]
     assert lengths(B16, steps(B16, [(3, 100), (5, 40)], 10, True)) == [197, 187, 177, 102, 92] + [42] * 7
 
@@ -34,7 +35,7 @@ def test_merges_go_before_every_block_up_to_the_cut_and_leave_the_fused_token_al
 def test_a_cut_that_keeps_all_that_merging_left_is_none():
     way = steps(B16, [(11, 196)], 10, fuses=True)
     assert lengths(B16, way) == [197 - 10 * block for block in range(11)] + [97]
-    assert operations(B16, steps(B16, [(11, 196)])) == operations(B16)
+    assert lengths(B16, steps(B16, [(11, 196)])) == lengths(B16) == [197] * 12
 
 
 @pytest.mark.parametrize("tower", TOWERS, ids=lambda tower: f"{tower.blocks} blocks, {tower.tokens} tokens")
@@ -46,12 +47,20 @@ def test_one_number_places_merges_and_a_cut_that_spend_it(tower, share):
     assert merge and cuts[0][1] < way[-1].tokens  # both have their part
 
 
-def test_a_share_that_a_tower_cannot_spend_and_merges_that_it_has_not_are_refused_in_one_line():
+def test_at_most_half_of_what_is_left_is_merged():
+    assert lengths(B16, steps(B16, [(5, 196)], 80)) == [197, 117, 59, 30, 16] + [16] * 7
+
+
+def test_rivals_spend_the_same_share():
+    for share in (0.4, 0.5, 0.8):
+        for options in rivals(share, B16).values():
+            assert abs(operations(B16, SpotlighterConfig(**options).steps(B16)) / operations(B16) - share) < 0.02
+
+
+def test_a_share_that_a_tower_cannot_spend_is_refused_in_one_line():
     with pytest.raises(ValueError, match=r"SHARE = 0.05: with 12 blocks and 196 tokens .* 0.\d\d to \d.\d\d") as error:
         place(0.05, B16)
     assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="MERGE = 40: before block 4 76 tokens are left, of which at most 38"):
-        steps(B16, [(8, 32)], 40)
 
 
 def test_a_schedule_can_be_read():

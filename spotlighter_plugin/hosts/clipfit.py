@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..towers.packing import packed
 from .base import HostAdapter
 
 
@@ -31,8 +32,11 @@ class CLIPFitAdapter(HostAdapter):
         return self.model.prompt_learner.image_encoder
 
     def encode_text(self) -> Tensor:
-        towers = self.model.prompt_learner
-        return towers.text_encoder(towers.clip_prompt, towers.clip_tokenized_prompt)
+        if hasattr(self.model, "encode_text"):
+            return self.model.encode_text()
+        towers, ids = self.model.prompt_learner, self.model.prompt_learner.clip_tokenized_prompt
+        with packed(towers.text_encoder, ids, nn.Module(), set()):  # its prompts are not trained
+            return towers.text_encoder(towers.clip_prompt, ids)
 
     def objective(self, logits: Tensor, labels: Tensor, extras: dict) -> Tensor:
         """Cross entropy, and the host's own loss 1 - mean cos(text, frozen text)."""

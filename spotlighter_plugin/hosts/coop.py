@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from ..towers.packing import packed
 from .base import HostAdapter
 
 
@@ -23,4 +24,8 @@ class CoOpAdapter(HostAdapter):
         )
 
     def encode_text(self) -> Tensor:
-        return self.model.text_encoder(self.model.prompt_learner(), self.model.tokenized_prompts)
+        model = self.model
+        if hasattr(model, "encode_text"):
+            return model.encode_text()
+        with packed(model.text_encoder, model.tokenized_prompts, model.prompt_learner, {"ctx"}):
+            return model.text_encoder(model.prompt_learner(), model.tokenized_prompts)

@@ -2,7 +2,11 @@
 
 from torch import Tensor, nn
 
+from ..towers.packing import packed
 from .base import HostAdapter
+
+CLASSLESS = {"ctx", "proj", "compound_prompts_text", "compound_prompt_projections"}
+"""What is trained in its learner; nothing of it belongs to a class."""
 
 
 class MaPLeAdapter(HostAdapter):
@@ -21,8 +25,10 @@ class MaPLeAdapter(HostAdapter):
     def encode_text(self) -> Tensor:
         if hasattr(self.model, "encode_text"):
             return self.model.encode_text()
-        prompts, _, deep_text, _ = self.model.prompt_learner()  # upstream's towers are given their prompts
-        return self.model.text_encoder(prompts, self.model.tokenized_prompts, deep_text)
+        encoder, ids, learner = self.model.text_encoder, self.model.tokenized_prompts, self.model.prompt_learner
+        prompts, _, deep_text, _ = learner()  # upstream's towers are given their prompts
+        with packed(encoder, ids, learner, CLASSLESS):
+            return encoder(prompts, ids, deep_text)
 
     def encode_image(self, images: Tensor) -> Tensor:
         if hasattr(self.model, "encode_image"):

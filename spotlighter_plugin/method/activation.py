@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layout import Attention
+from .layout import Gaze
 
 
 def expected_text(image: Tensor, text: Tensor, scale: Tensor | float) -> Tensor:
@@ -16,18 +16,24 @@ def expected_text(image: Tensor, text: Tensor, scale: Tensor | float) -> Tensor:
     return (scale * image @ text.T).softmax(-1) @ text
 
 
-def attention_score(query: Tensor, keys: Tensor, attention: Attention) -> Tensor:
-    """How much a query looks at each position, mean over heads: (B, w), (S, B, w), both normalized → (B, S).
+def attention_score(hidden: Tensor, gaze: Gaze, bias: Tensor | None = None) -> Tensor:
+    """How much is looked at each position, mean over heads: (S, B, w) → (B, S).
 
-    Keys are not formed: each head's query is taken back through W_k first.
+    Keys are not formed: each head's query is taken back through W_k first. In the weights' precision, softmax in
+    float32.
+
+    Args:
+        gaze: who looks, ``Layout.gaze``.
+        bias: (B, S), what attention adds to its logits.
     """
-    heads, width = attention.heads, query.shape[-1]
-    (to_query, bias), (to_key, _), _ = attention.projections()
-    asked = F.linear(query.float(), to_query.float(), bias.float())  # (B, w)
-    asked = asked.unflatten(-1, (heads, -1)) * (width // heads) ** -0.5  # (B, H, w/H)
+    plain = gaze.plain(hidden)
+    query = F.linear(gaze.query_of(plain), *gaze.asking).unflatten(-1, (len(gaze.asked), -1))  # (B, H, w/H)
     # q·(W_k x + b_k) = (W_kᵀ q)·x + constant, and softmax does not see the constant.
-    folded = torch.einsum("bhe,hew->bhw", asked, to_key.float().unflatten(0, (heads, -1)))  # (B, H, w)
-    return torch.einsum("bhw,sbw->bhs", folded, keys.float()).softmax(-1).mean(1)  # (B, S)
+    folded = torch.einsum("bhe,hew->bhw", query, gaze.asked)  # (B, H, w)
+    logits = torch.einsum("bhw,sbw->bhs", folded, plain)  # (B, H, S)
+    if bias is not None:
+        logits = logits + bias.unsqueeze(1)
+    return logits.softmax(-1, dtype=torch.float32).mean(1)  # (B, S)
 
 
 def lens_score(tokens: Tensor, target: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .schedule import Tower
+
 # OpenAI and open_clip; transformers; timm (open_clip's SigLIP); a host that took the tower apart (RPO)
 _BLOCKS = ("transformer.resblocks", "encoder.layers", "trunk.blocks", "blocks", "img_transformer.resblocks")
 _NORM = ("ln_post", "post_layernorm", "trunk.norm", "norm", "img_post_ln")
@@ -57,6 +59,39 @@ class Attention:
         seen = F.scaled_dot_product_attention(q, k, v).permute(2, 0, 1, 3).flatten(2)  # (Q, B, w)
         weight, bias = affine(self._out)
         return F.linear(seen, weight.to(seen.dtype), bias.to(seen.dtype))
+
+
+class Gaze:
+    """Who looks at tokens, with all that stays the same worked in, in the weights' precision.
+
+    Args:
+        norm: what normalizes the tokens (S, B, w); its weight, bias and 1/√(w/H) go into the projections.
+        attention: whose queries and keys are taken.
+        query_of: gives of the tokens, normalized without weight and bias, who looks: (S, B, w) → (B, w).
+        is_normed: whether that is normalized, too; if not, it is a query's input as it is.
+
+    Attributes:
+        asking: (W, b) of the query, (w, w) and (w,).
+        asked: W of the keys, (H, w/H, w); softmax does not see their bias.
+        mean_key: (W, b) of the mean over heads of the keys, (w/H, w) and (w/H,).
+    """
+
+    def __init__(self, norm: nn.LayerNorm, attention: Attention, query_of, is_normed: bool = True):
+        (query, query_bias), (key, key_bias), _ = attention.projections()
+        heads, gain, shift = attention.heads, norm.weight.float(), norm.bias.float()
+        root, dtype = (len(key) // heads) ** 0.5, key.dtype
+        self.eps, self.query_of = norm.eps, query_of
+        own, bias = query.float(), query_bias.float()
+        if is_normed:
+            own, bias = own * gain, bias + own @ shift
+        self.asking = (own / root).to(dtype), (bias / root).to(dtype)
+        self.asked = (key.float() * gain).to(dtype).unflatten(0, (heads, -1))
+        key, key_bias = (part.float().unflatten(0, (heads, -1)).mean(0) for part in (key, key_bias))
+        self.mean_key = (key * gain).to(dtype), (key_bias + key @ shift).to(dtype)
+
+    def plain(self, hidden: Tensor) -> Tensor:
+        """Hidden states normalized without weight and bias: (S, B, w)."""
+        return F.layer_norm(hidden.to(self.asked.dtype), hidden.shape[-1:], eps=self.eps)
 
 
 class Layout:
@@ -109,22 +144,30 @@ class Layout:
         size = _first(self.vision, _SIZE) or round(self.n_tokens**0.5) * _first(self.vision, _PATCHES).kernel_size[0]
         return (size, size) if isinstance(size, int) else tuple(size)
 
+    def tower(self, dim: int) -> Tower:
+        """What operations are counted by; dim: width of the space that it is read out to."""
+        patch = round((self.image_size[0] * self.image_size[1] / self.n_tokens) ** 0.5)
+        return Tower(self.n_tokens, len(self.blocks), self.width, self.heads, dim, patch)
+
     def blank_state(self) -> Tensor:
         """A hidden state of zeros, (1, w)."""
         return torch.zeros(1, self.width, device=self.device)
 
     def ln_1(self, block: int, hidden: Tensor) -> Tensor:
         """A block's normalization in front of its attention: (…, w) → (…, w)."""
-        return _normalised(_first(self.blocks[block], ("ln_1", "layer_norm1", "norm1")), hidden)
+        return _normalised(self.norm_1(block), hidden)
 
     def ln_2(self, block: int, hidden: Tensor) -> Tensor:
         """A block's normalization in front of its MLP: (…, w) → (…, w)."""
         return _normalised(_first(self.blocks[block], ("ln_2", "layer_norm2", "norm2")), hidden)
 
-    def looks(self, block: int, hidden: Tensor) -> tuple[Tensor, Tensor, Attention]:
-        """Who looks at the tokens that enter a block: query (B, w), keys (S, B, w), and the attention."""
-        normed = self.ln_1(block, hidden)
-        return normed[0], normed, self.attentions[block]
+    def norm_1(self, block: int) -> nn.LayerNorm:
+        """The module that normalizes in front of a block's attention."""
+        return _first(self.blocks[block], ("ln_1", "layer_norm1", "norm1"))
+
+    def gaze(self, block: int) -> "Gaze":
+        """Who looks at the tokens that enter a block: what stands for the image, by the block's own attention."""
+        return Gaze(self.norm_1(block), self.attentions[block], self.summary)
 
     def summary(self, hidden: Tensor) -> Tensor:
         """The state that stands for the image among those that enter any block: (S, B, w) → (B, w)."""
@@ -146,10 +189,6 @@ class Layout:
 class MeanLayout(Layout):
     """A vision transformer whose patch tokens' mean is the image; a CLS, if there is one, is looked past."""
 
-    def looks(self, block, hidden):
-        normed = self.ln_1(block, hidden)
-        return normed[self.n_lead :].mean(0), normed, self.attentions[block]
-
     def summary(self, hidden):
         return hidden[self.n_lead :].mean(0)
 
@@ -167,9 +206,9 @@ class PooledLayout(Layout):
         self.pool = _first(vision, _POOL)
         self.pooling = Attention(_first(self.pool, ("attention",)) or self.pool)
 
-    def looks(self, block, hidden):
-        query = _first(self.pool, _QUERY)[0].expand(hidden.shape[1], -1)  # (B, w)
-        return query, _normalised(self.norm, hidden), self.pooling
+    def gaze(self, block):
+        query = _first(self.pool, _QUERY)[0].squeeze(0)  # (w,)
+        return Gaze(self.norm, self.pooling, lambda plain: query.to(plain.dtype).expand(plain.shape[1], -1), False)
 
     def summary(self, hidden):
         return hidden.mean(0)

@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
+from .layout import Gaze
 
 
 class Plan(NamedTuple):
@@ -24,25 +26,9 @@ class Plan(NamedTuple):
     into: Tensor
 
 
-def mean_key(block: nn.Module) -> tuple[Tensor, Tensor]:
-    """The mean over heads of a block's keys, as one linear map of its plain normalized input: (w/H, w) and (w/H,).
-
-    LN1's weight and bias are in it, so that it takes ``layer_norm(x)`` without them. In the weights' precision.
-    """
-    attention, norm = block.attn, block.ln_1
-    width, heads, dtype = attention.in_proj_weight.shape[1], attention.num_heads, attention.in_proj_weight.dtype
-    weight, bias = (
-        part[width : 2 * width].float().unflatten(0, (heads, -1)).mean(0)
-        for part in (attention.in_proj_weight, attention.in_proj_bias)
-    )
-    return (weight * norm.weight.float()).to(dtype), (bias + weight @ norm.bias.float()).to(dtype)
-
-
-def keys_of(hidden: Tensor, mean: tuple[Tensor, Tensor], eps: float) -> Tensor:
-    """Mean keys of a sequence: (S, B, w) → (B, S, w/H). mean: as ``mean_key`` gives it; eps: LN1's."""
-    weight, bias = mean
-    plain = F.layer_norm(hidden.to(weight.dtype), hidden.shape[-1:], eps=eps)
-    return F.linear(plain, weight, bias).transpose(0, 1)
+def keys_of(hidden: Tensor, gaze: Gaze) -> Tensor:
+    """The mean over heads of a block's keys, without forming them all: (S, B, w) → (B, S, w/H). gaze: the block's."""
+    return F.linear(gaze.plain(hidden), *gaze.mean_key).transpose(0, 1)
 
 
 def match(keys: Tensor, r: int, protected: tuple[int, int] = (1, 0)) -> Plan:
@@ -92,17 +78,38 @@ def merge(hidden: Tensor, sizes: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     return merged.index_add(0, into, away * share).unflatten(0, (-1, hidden.shape[1])), sizes
 
 
-def bias_of(sizes: Tensor, dtype: torch.dtype) -> Tensor:
-    """What attention adds to its logits so that a token of size n counts as n: log n, (B, S)."""
-    return sizes.log().to(dtype)
-
-
 def follow(places: Tensor, plan: Plan) -> Tensor:
     """Where tokens are after a further merge, given where they were before it: (B, N) → (B, N), for pictures."""
     batch, after = plan.kept.shape
     position = places.new_empty(batch, after + plan.gone.shape[1])  # (B, S)
     position.scatter_(1, plan.kept, torch.arange(after, device=places.device).expand(batch, -1))
     return position.scatter_(1, plan.gone, plan.into).gather(1, places)
+
+
+def whereabouts(trail: list[Plan | Tensor], n_tokens: int, lead: int) -> tuple[Tensor, Tensor]:
+    """Where an image's N patches have gone on a way of merges and cuts, for pictures.
+
+    Args:
+        trail: a plan for each merge, of sequences with ``lead`` positions in front of the tokens; for each cut the
+            tokens kept, (B, k) among those that were left. At least one.
+
+    Returns:
+        For each of the k tokens at the end the place in 0…N-1 of the patch that it was, (B, k), and for each patch the
+        token in 0…k-1 that it is now part of, -1 if it was dropped, (B, N).
+    """
+    first = trail[0].kept if isinstance(trail[0], Plan) else trail[0]
+    of_patch = torch.arange(n_tokens, device=first.device).expand(len(first), -1)  # (B, N)
+    place = of_patch  # (B, n)
+    for step in trail:
+        if isinstance(step, Plan):
+            place = place.gather(1, step.kept[:, lead : lead + place.shape[1] - step.gone.shape[1]] - lead)
+            of_patch = torch.where(of_patch < 0, of_patch, follow(of_patch.clamp(min=0) + lead, step) - lead)
+        else:
+            now = torch.arange(step.shape[1], device=step.device).expand_as(step)
+            now = torch.full_like(place, -1).scatter(1, step, now)  # (B, n)
+            of_patch = torch.where(of_patch < 0, of_patch, now.gather(1, of_patch.clamp(min=0)))
+            place = place.gather(1, step)
+    return place, of_patch
 
 
 def _rows(index: Tensor, hidden: Tensor) -> Tensor:

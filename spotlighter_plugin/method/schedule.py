@@ -26,14 +26,18 @@ class Tower:
 
 
 class Step(NamedTuple):
-    """Before ``block``, of ``tokens`` behind CLS that are or stand for patches, ``left`` go on, merged or cut;
-    ``fused`` of them, 0 or 1, stands for what an earlier cut dropped, and is never merged."""
+    """Before ``block``, of ``tokens`` behind CLS that are or stand for patches, ``left`` go on, merged or cut: ``kept``
+    of them, and one, if there is one, that stands for what cuts dropped, and is never merged."""
 
     block: int
     tokens: int
+    kept: int
     left: int
     merges: bool
-    fused: int = 0
+
+    @property
+    def fused(self) -> int:
+        return self.left - self.kept
 
 
 def steps(tower: Tower, cuts: list[tuple[int, int]], merge: int = 0, fuses: bool = False) -> list[Step]:
@@ -41,26 +45,18 @@ def steps(tower: Tower, cuts: list[tuple[int, int]], merge: int = 0, fuses: bool
 
     Args:
         cuts: pairs (block, tokens kept), ascending; the last is (s, k). One that keeps all that is left cuts nothing.
-        merge: r, merged before each of blocks 1…s-1 that has no cut.
+        merge: r, merged before each of blocks 1…s-1 that has no cut, though never more than half of what is left.
         fuses: a cut lets the tokens that it drops go on as one more.
-
-    Raises:
-        ValueError: more is to be merged than there are pairs.
     """
     way, now, fused, kept_at = [], tower.tokens, 0, dict(cuts)
     for block in range(cuts[-1][0] + 1):
         merges = block not in kept_at
         if merges and not (merge and block):
             continue
-        if merges and merge > (now - fused) // 2:
-            raise ValueError(
-                f"TRAINER.SPOTLIGHTER.MERGE = {merge}: before block {block} {now - fused} tokens are left, of which at "
-                f"most {(now - fused) // 2} can be merged; lower MERGE, or cut earlier (SELECT_BLOCK)"
-            )
-        cuts_some = not merges and kept_at[block] < now - fused
-        left = now - merge if merges else kept_at[block] + fuses if cuts_some else now
-        way.append(Step(block, now, left, merges, fused))
-        now, fused = left, int(fuses) if cuts_some else fused
+        kept = now - fused - min(merge, (now - fused) // 2) if merges else min(kept_at[block], now - fused)
+        fused = fused if merges else int(fuses and kept < now)
+        way.append(Step(block, now, kept, kept + fused, merges))
+        now = kept + fused
     return way
 
 
@@ -78,11 +74,7 @@ def place(share: float, tower: Tower, fuses: bool = False, merged: float = MERGE
     reached = {}
     for k in range(min(2, tower.tokens), tower.tokens + 1):
         r = round(merged * (tower.tokens - k) / max(block - 1, 1))
-        try:
-            way = steps(tower, [(block, k)], r, fuses)
-        except ValueError:
-            continue
-        reached[k, r] = operations(tower, way) / operations(tower)
+        reached[k, r] = operations(tower, steps(tower, [(block, k)], r, fuses)) / operations(tower)
     k, r = min(reversed(reached), key=lambda each: abs(reached[each] - share))
     if abs(reached[k, r] - share) > 0.02:
         low, high = min(reached.values()), max(reached.values())
@@ -91,6 +83,29 @@ def place(share: float, tower: Tower, fuses: bool = False, merged: float = MERGE
             f"schedules spend {low:.2f} to {high:.2f} of the operations; set SELECT_BLOCK, TOP_K and MERGE instead"
         )
     return [(block, k)], r
+
+
+def rivals(share: float, tower: Tower) -> dict[str, dict]:
+    """Options of other ways to spend a share of the operations, as near to it as whole numbers come.
+
+    ``merging``: nothing is cut, as many tokens merged before each block but the first (as in ToMe, arXiv 2210.09461).
+    ``evit``: the same share of tokens kept before a quarter, a half and three quarters of the depth, the dropped ones
+    going on as one (as in EViT, arXiv 2202.07800).
+    """
+    blocks, tokens = tower.blocks, tower.tokens
+    quarters = [round(blocks * part / 4) for part in (1, 2, 3)]
+
+    def nearest(ways):
+        return min(ways, key=lambda key: abs(operations(tower, ways[key]) / operations(tower) - share))
+
+    merged = {r: steps(tower, [(blocks - 1, tokens)], r) for r in range(tokens // 2 + 1)}
+    kept = {rate / 1000: [max(2, round(tokens * (rate / 1000) ** i)) for i in (1, 2, 3)] for rate in range(50, 1000, 5)}
+    cut = nearest({rate: steps(tower, list(zip(quarters, k, strict=True)), 0, True) for rate, k in kept.items()})
+    *early, (block, k) = zip(quarters, kept[cut], strict=True)
+    return {
+        "merging": {"merge": nearest(merged), "select_block": blocks - 1, "top_k": tokens, "fuse_dropped": False},
+        "evit": {"stages": tuple(early), "select_block": block, "top_k": k, "fuse_dropped": True},
+    }
 
 
 def operations(tower: Tower, way: list[Step] = ()) -> int:
@@ -103,10 +118,9 @@ def operations(tower: Tower, way: list[Step] = ()) -> int:
             movable = step.tokens - step.fused
             total += 2 * (1 + step.tokens + t.prompts) * w * (w // t.heads)  # mean keys
             total += 2 * (movable // 2) * (movable - movable // 2) * (w // t.heads)  # A × B
-        elif step.left < step.tokens:
-            total += 4 * w * w + 2 * t.heads * w * (
-                1 + step.tokens + t.prompts
-            )  # CLS's query, taken back; its products
+        else:
+            total += 4 * w * w + 2 * t.heads * w * (1 + step.tokens + t.prompts)  # CLS's query, and what it sees
+            total += 2 * step.tokens * w * (step.kept < step.tokens and step.fused)  # the mean of what is dropped
     return total
 
 
@@ -123,18 +137,23 @@ def lengths(tower: Tower, way: list[Step] = ()) -> list[int]:
 def describe(tower: Tower, way: list[Step]) -> str:
     """One line for readers: ``196 tokens; merged to 118 before blocks 1-5; cut to 40 before block 6; 0.500 of …``."""
     words, share = [f"{tower.tokens} tokens"], operations(tower, way) / operations(tower)
-    groups: list[list[Step]] = []
-    for step in way:
-        if groups and step.merges and groups[-1][-1].merges and step.block == groups[-1][-1].block + 1:
-            groups[-1].append(step)
-        else:
-            groups.append([step])
-    for group in groups:
+    for group in groups(way):
         first, last = group[0], group[-1]
         where = f"block {first.block}" if first is last else f"blocks {first.block}-{last.block}"
         verb = "merged" if first.merges else "cut"
         words.append(f"{verb} to {last.left} before {where}")
     return "; ".join([*words, f"{share:.3f} of the host's operations"])
+
+
+def groups(way: list[Step]) -> list[list[Step]]:
+    """Steps that drop something; merges before blocks in a row are one group."""
+    found: list[list[Step]] = []
+    for step in (step for step in way if step.left < step.tokens):
+        if found and step.merges and found[-1][-1].merges and step.block == found[-1][-1].block + 1:
+            found[-1].append(step)
+        else:
+            found.append([step])
+    return found
 
 
 def _block(length: int, width: int) -> int:

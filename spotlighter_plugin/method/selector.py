@@ -11,11 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import activation
-from .layout import Layout
+from . import activation, merging
+from .layout import Gaze, Layout
 from .memory import describe
+from .merging import Plan
 from .plugin import Plugin
+from .schedule import Step
 from .token_stream import Pass
+
+
+def gazes_of(layout: Layout, steps: list[Step]) -> dict[int, Gaze]:
+    """By block: whose keys are compared where tokens are merged, and who looks where they are cut."""
+    return {step.block: (Layout.gaze if step.merges else type(layout).gaze)(layout, step.block) for step in steps}
 
 
 @dataclass
@@ -24,7 +31,7 @@ class Selector:
 
     Attributes:
         tokens: z of the kept tokens, best first, (B, k, d), where something reads them.
-        kept: their places in the image, (B, k) in 0…N-1.
+        trail: what became of the image's patches, as ``merging.whereabouts`` takes it.
         described: the image's m best tokens beside its CLS, (B, m, D), if it is to be matched with the memory.
         levels: image embedding and tokens of level 1 and level 2 alone; in training.
         full: v⁰ before normalization, (B, d); in training.
@@ -38,6 +45,8 @@ class Selector:
     layout: Layout
     to_texts: Callable[[Tensor], Tensor]  # from the tower's joint space to that of the texts
     constant: Callable[[str, Callable], Tensor]  # what stays the same while nothing is trained
+    steps: list[Step]
+    gazes: dict[int, Gaze]  # ``gazes_of`` them
     images: Tensor
     text: Tensor  # (C, d), unit length
     scale: Tensor  # 1/τ
@@ -46,31 +55,42 @@ class Selector:
     wants: frozenset[str] = frozenset()  # names of the losses to come
     describes: bool = False
     tokens: Tensor | None = None
-    kept: Tensor | None = None
+    trail: list[Plan | Tensor] = field(default_factory=list)
     described: Tensor | None = None
     levels: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
     full: Tensor | None = None
     category: Tensor | None = None
     refined: Tensor | None = None
     own_logits: Tensor | None = None
-    _alive: Tensor | None = None  # (B, n) in 0…N-1, the tokens that earlier cuts left; None before any cut
     _fused: Tensor | None = None  # the token that stands for the dropped ones, (1, B, w)
 
-    def choices(self, early: list[int]) -> list[Callable[[Pass, Tensor], Tensor]]:
-        """A choice per cut; ``early``: how many tokens those before block s keep."""
-        return [*(partial(self.cut, k) for k in early), self.select]
+    def choices(self) -> list[Callable[[Pass, Tensor], Tensor]]:
+        """A choice per step; the last is before block s."""
+        early = [partial(self.merge if step.merges else self.cut, step) for step in self.steps[:-1]]
+        return [*early, partial(self.select, self.steps[-1])]
 
-    def cut(self, k: int, tower: Pass, hidden: Tensor) -> Tensor:
+    def merge(self, step: Step, tower: Pass, hidden: Tensor) -> Tensor:
+        """The tokens that are most alike go on as one: (1+n+M, B, w) → (S, B, w)."""
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            keys = merging.keys_of(hidden, self.gazes[step.block])
+            plan = merging.match(keys, step.tokens - step.left, (self.layout.n_lead, tower.n_prompts + step.fused))
+            sizes = keys.new_ones(keys.shape[:2], dtype=torch.float32) if tower.sizes is None else tower.sizes
+        hidden, tower.sizes = merging.merge(hidden, sizes, plan)
+        self.trail.append(plan)
+        return hidden
+
+    def cut(self, step: Step, tower: Pass, hidden: Tensor) -> Tensor:
         """An early cut lets the k best go on, by the sample-wise score alone: (1+n+M, B, w) → (S, B, w)."""
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             scores = activation.standardise(self.sample_score(tower, hidden))  # (B, n)
-            kept = activation.top_tokens(self._of_tokens(scores), k)  # (B, k)
+            kept = activation.top_tokens(self._of_tokens(scores), step.kept)  # (B, k)
         self._fused = self._fuse(tower, hidden, scores, kept)
-        self._alive = self._original(kept)
         self._describe(tower, hidden, kept)
-        return self._sequence(tower, hidden, tower.tokens(hidden, kept))[0]
+        self.trail.append(kept)
+        sequence, tower.sizes, _ = self._sequence(tower, hidden, tower.tokens(hidden, kept), kept)
+        return sequence
 
-    def select(self, tower: Pass, hidden: Tensor) -> Tensor:
+    def select(self, step: Step, tower: Pass, hidden: Tensor) -> Tensor:
         """Score the tokens that enter block s and give the sequence that goes on: (1+n+M, B, w) → (S, B, w)."""
         config, bank, training = self.config, self.plugin.bank, self.rows is not None
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
@@ -79,7 +99,7 @@ class Selector:
             if self.has_semantics:
                 every = tower.patches(hidden)  # (n, B, w)
                 scores = scores + activation.standardise(self.semantic_score(hidden, every))
-            kept = activation.top_tokens(self._of_tokens(scores), config.top_k)  # tok^act, (B, k)
+            kept = activation.top_tokens(self._of_tokens(scores), step.kept)  # tok^act, (B, k)
             dropped = scores, kept
             self._describe(tower, hidden, kept)
             if training and self.plugin.training and self._bank_is_read(hidden):
@@ -88,19 +108,20 @@ class Selector:
             if config.recalculate and self.has_semantics and (training or config.levels != "1+2"):
                 semantic = self.semantic_score(hidden, tower.tokens(hidden, kept))
                 again = activation.standardise(sample.gather(1, kept)) + activation.standardise(semantic)
-                kept = kept.gather(1, activation.top_tokens(again, config.top_k))
+                kept = kept.gather(1, activation.top_tokens(again, step.kept))
             if self.plugin.mapping.irm is not None and not bank.is_empty:
                 self.category = self._match_category(hidden)
             if not training:
                 kept = activation.split_levels(kept, config.levels)
-            self.kept = self._original(kept)
+        self.trail.append(kept)
         self._fused = self._fuse(tower, hidden, *dropped)
         tokens = tower.tokens(hidden, kept)  # (k, B, w)
         if self.plugin.mapping.trm is not None or "local" in self.wants:
             self.tokens = self.project(tokens).transpose(0, 1)  # (B, k, d)
-        sequence, self.refined = self._sequence(tower, hidden, tokens)
+        sequence, sizes, self.refined = self._sequence(tower, hidden, tokens, kept)
         if training:
-            self._further_passes(tower, hidden, tokens, sequence)
+            self._further_passes(tower, hidden, tokens, kept, sequence)
+        tower.sizes = sizes
         return sequence
 
     def image(self, image: Tensor, tower: Pass) -> Tensor:
@@ -124,7 +145,8 @@ class Selector:
         n = tower.n_now
         match self.config.activation:
             case "attention":
-                scores = activation.attention_score(*self.layout.looks(tower.index, hidden))  # (B, S)
+                bias = None if tower.sizes is None else tower.sizes.log()
+                scores = activation.attention_score(hidden, self.gazes[tower.index], bias)  # (B, S)
                 return scores[:, self.layout.n_lead :][:, :n]
             case "lens":
                 tokens = self.project(tower.patches(hidden)).transpose(0, 1)  # (B, n, d)
@@ -170,26 +192,37 @@ class Selector:
 
     # -------------------------------------------------------------------------------------------------------- sequences
 
-    def _sequence(self, tower: Pass, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The sequence on given tokens (k, B, w), and Û (P, B, w) of these tokens, Eq. 8-10."""
-        entering = tokens if self._fused is None else torch.cat([tokens, self._fused])  # (k, B, w) or (k+1, B, w)
+    def _sequence(self, tower: Pass, hidden: Tensor, tokens: Tensor, kept: Tensor) -> tuple:
+        """The sequence on given tokens (k, B, w), its sizes, and Û (P, B, w) of these tokens, Eq. 8-10.
+
+        kept: (B, k), which of the tokens that came in these are.
+        """
         if self.category is None:
-            return tower.sequence(hidden, entering), None
+            return tower.sequence(hidden, tokens, None, self._fused), self._sizes(tower, kept), None
         prototypes, filled = self.plugin.bank.of(self.category)  # (B, P, w), (B, P)
         present = filled.unsqueeze(-1).to(prototypes.dtype)
         mean = (prototypes * present).sum(1, keepdim=True) / present.sum(1, keepdim=True)
         prototypes = torch.where(filled.unsqueeze(-1), prototypes, mean).transpose(0, 1).to(hidden.dtype)  # (P, B, w)
         refined = self.plugin.mapping.irm(prototypes, tokens, self.layout, tower.index)
-        extra = refined if self.config.prototypes_in == "sequence" else None
-        return tower.sequence(hidden, entering, extra), refined
+        extra = refined if self.config.prototypes_in == "sequence" else hidden[:0]
+        return tower.sequence(hidden, tokens, extra, self._fused), self._sizes(tower, kept, len(extra)), refined
 
-    def _further_passes(self, tower: Pass, hidden: Tensor, tokens: Tensor, sequence: Tensor) -> None:
+    def _sizes(self, tower: Pass, kept: Tensor, extra: int = 0) -> Tensor | None:
+        """Sizes of the sequence [CLS, extra, kept, fused, prompts]; what is no token of the image counts once."""
+        sizes, lead = tower.sizes, self.layout.n_lead
+        if sizes is None:
+            return None
+        sizes = sizes[:, lead : lead + tower.n_now].gather(1, kept)
+        behind = tower.n_prompts + (self._fused is not None)
+        return F.pad(sizes, (lead + extra, behind), value=1.0)
+
+    def _further_passes(self, tower: Pass, hidden: Tensor, tokens: Tensor, kept: Tensor, sequence: Tensor) -> None:
         """Training only: each level alone for L_gra, and all tokens without gradient for v⁰."""
         upper = (len(tokens) + 1) // 2
         for name, part in (("gra_high", slice(None, upper)), ("gra_low", slice(upper, None))):
             if {"gra", name} & self.wants:
-                level, refined = self._sequence(tower, hidden, tokens[part])
-                image, output = tower.tail(level)
+                level, sizes, refined = self._sequence(tower, hidden, tokens[part], kept[:, part])
+                image, output = tower.tail(level, sizes)
                 image = self._readout(self.to_texts(image), output, refined)
                 self.levels.append((image, None if self.tokens is None else self.tokens[:, part]))
         learns = (
@@ -223,12 +256,8 @@ class Selector:
             self.described = self.layout.ln_1(tower.index, best).transpose(0, 1)
 
     def _of_tokens(self, scores: Tensor) -> Tensor:
-        """Scores (B, n) without that of a token which stands for others: (B, n) or (B, n-1)."""
-        return scores if self._alive is None else scores[:, : self._alive.shape[1]]
-
-    def _original(self, kept: Tensor) -> Tensor:
-        """Places in the image, 0…N-1, of tokens ``kept`` (B, k) among those that earlier cuts left: (B, k)."""
-        return kept if self._alive is None else self._alive.gather(1, kept)
+        """Scores (B, n) without that of a token which stands for dropped ones: (B, n) or (B, n-1)."""
+        return scores if self._fused is None else scores[:, :-1]
 
     def _fuse(self, tower: Pass, hidden: Tensor, scores: Tensor, kept: Tensor) -> Tensor | None:
         if not self.config.fuse_dropped or kept.shape[1] == scores.shape[1]:

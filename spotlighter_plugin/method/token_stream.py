@@ -3,11 +3,13 @@
 A ``TokenStream`` says where, and knows nothing of any batch; a ``Pass`` is one batch on its way through the tower.
 """
 
+import inspect
 import threading
 from contextlib import contextmanager
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layout import Layout, layout_of
@@ -25,9 +27,13 @@ class TokenStream:
     Args:
         layout: where the tower has its parts, or a tower whose layout is known.
         blocks: indices in [0, L), ascending, of the blocks before which tokens are replaced; the last one is s.
+        weighs: whether tokens may come to stand for several (``Pass.sizes``), which attention has to be told.
+
+    Raises:
+        ValueError: attention has to be told, and a block's takes no mask.
     """
 
-    def __init__(self, layout: Layout | nn.Module, *blocks: int):
+    def __init__(self, layout: Layout | nn.Module, *blocks: int, weighs: bool = False):
         self.layout = layout if isinstance(layout, Layout) else layout_of(layout)
         self.blocks, self.n_tokens = blocks, self.layout.n_tokens
         modules = self.layout.blocks
@@ -36,6 +42,10 @@ class TokenStream:
             *(module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks),
             modules[-1].register_forward_hook(self._after),
         ]
+        if weighs:
+            attentions = [attention.module for attention in self.layout.attentions[blocks[0] :]]
+            hooks = [(module, partial(self._weigh, _mask_name(module))) for module in attentions]
+            self._handles += [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks]
         self.is_attached = True
 
     @property
@@ -81,6 +91,15 @@ class TokenStream:
         tower = self._under_way()
         return None if tower is None else tower.enter(index, args, kwargs)
 
+    def _weigh(self, name, module, args, kwargs):
+        tower = next((each for each in getattr(_THREAD, "passes", ())[::-1] if each.stream is self), None)
+        if tower is None or tower.bias is None:
+            return None
+        query = args[0] if args else next(iter(kwargs.values()))
+        bias, mask = tower.bias_for(query).to(query.dtype), kwargs.get(name)
+        bias = bias if name == "key_padding_mask" else bias[:, None, None]  # (B, S) or (B, 1, 1, S)
+        return args, kwargs | {name: bias if mask is None else mask + bias}
+
     def _after(self, module, args, output):
         tower = self._under_way()
         if tower is not None:
@@ -98,6 +117,9 @@ class Pass:
         block, index: the block before which the present choice is made, and its number.
         n_now: how many positions behind CLS are, or stand for, patch tokens where the present choice is made.
         n_prompts: M, the host's prompts there.
+        sizes: for how many tokens of the image each position of the sequence stands, (B, S) float32, set by a choice
+            for the sequence that it returns; None where each stands for itself.
+        bias: what attention adds to its logits, so that one that stands for n counts as n.
         output: what the last block gave, (S, B, w); None before.
     """
 
@@ -106,6 +128,8 @@ class Pass:
         self.choices = dict(zip(stream.blocks, choices, strict=True))
         self.index, self.block = stream.blocks[0], layout.blocks[stream.blocks[0]]
         self.n_now, self.n_prompts = stream.n_tokens, 0
+        self.sizes: Tensor | None = None
+        self.bias: Tensor | None = None
         self.output: Tensor | None = None
         self.is_choosing = False
         self._came = {}  # what each block before which tokens were replaced was called with
@@ -118,30 +142,42 @@ class Pass:
         self.index, self.block = index, self.layout.blocks[index]
         self.n_prompts = len(hidden) - self.layout.n_lead - self.n_now
         hidden = self._turned(hidden, self.n_prompts)
+        if self.sizes is not None:  # prompts that a block has put in since then
+            self.sizes = F.pad(self.sizes, (0, len(hidden) - self.sizes.shape[1]), value=1.0)
         self._came[index] = args, kwargs
         self.is_choosing = True
         try:
             hidden = self.choices[index](self, hidden)
         finally:
             self.is_choosing = False
-        self.n_now = len(hidden) - self.layout.n_lead - self.n_prompts
+        self.n_now, self.bias = len(hidden) - self.layout.n_lead - self.n_prompts, self._bias_of(self.sizes)
         return self._shortened(_with_hidden(args[0], self._turned_back(hidden)), args[1:], kwargs)
+
+    def bias_for(self, query: Tensor) -> Tensor:
+        """``bias`` of a sequence into which the block itself has put further prompts of the host's: (B, S)."""
+        bias, lead = self.bias, self.layout.n_lead
+        further = query.shape[self.layout.batch_first] - bias.shape[1]
+        if not further:
+            return bias
+        place = lead if self.layout.prompts_first else bias.shape[1]
+        return torch.cat([bias[:, :place], bias.new_zeros(len(bias), further), bias[:, place:]], dim=1)
 
     def leave(self, output) -> None:
         """Note what the last block gave."""
         hidden = self._lengthwise(output)
         self.output = self._turned(hidden, len(hidden) - self.layout.n_lead - self.n_now)
 
-    def tail(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def tail(self, hidden: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Run blocks s…L-1 and the readout on another sequence; to be called by the last choice only.
 
         Args:
             hidden: (S, B, w), the sequence that enters block s: CLS first, host prompts last.
+            sizes: (B, S), as ``self.sizes``.
 
         Returns:
             The image embedding (B, d), not normalized, and the last block's output (S, B, w).
         """
-        return self._run(self.stream.blocks[-1], self._turned_back(hidden))
+        return self._run(self.stream.blocks[-1], self._turned_back(hidden), sizes)
 
     def whole(self) -> Tensor:
         """The image embedding (B, d) as the tower gives it without any selection; for the last choice only."""
@@ -157,17 +193,19 @@ class Pass:
         index = kept.T.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])  # (k, B, w)
         return self.patches(hidden).gather(0, index)
 
-    def sequence(self, hidden: Tensor, tokens: Tensor, extra: Tensor | None = None) -> Tensor:
-        """[CLS, extra, tokens, host prompts] from the sequence (1+n+M, B, w) that came in: (1+E+k+M, B, w).
+    def sequence(
+        self, hidden: Tensor, tokens: Tensor, extra: Tensor | None = None, fused: Tensor | None = None
+    ) -> Tensor:
+        """[CLS, extra, tokens, fused, host prompts] from the sequence (1+n+M, B, w) that came in.
 
-        tokens: (k, B, w); extra: (E, B, w) or None.
+        tokens: (k, B, w); extra: (E, B, w) or None; fused: (1, B, w) or None.
         """
         lead = self.layout.n_lead
-        middle = (tokens,) if extra is None else (extra, tokens)
-        return torch.cat([hidden[:lead], *middle, hidden[lead + self.n_now :]])
+        parts = hidden[:lead], extra, tokens, fused, hidden[lead + self.n_now :]
+        return torch.cat([part for part in parts if part is not None])
 
-    def _run(self, first, hidden):
-        args, kwargs = self._came[first]
+    def _run(self, first, hidden, sizes=None):
+        (args, kwargs), before, self.bias = self._came[first], self.bias, self._bias_of(sizes)
         stream = _with_hidden(args[0], hidden)
         rest = len(self._lengthwise(stream)) - self.n_prompts
         for block in self.layout.blocks[first:]:
@@ -175,6 +213,7 @@ class Pass:
             stream = block(*args, **kwargs)
             if isinstance(args[0], Tensor):  # what goes in as a tensor and comes out beside others goes on alone
                 stream = hidden_of(stream)
+        self.bias = before
         output = self._lengthwise(stream)
         output = self._turned(output, len(output) - rest)
         return self.layout.image(output), output
@@ -190,11 +229,19 @@ class Pass:
             return hidden
         return torch.cat([hidden[:lead], hidden[lead + prompts :], hidden[lead : lead + prompts]])
 
-    def _turned_back(self, hidden: Tensor) -> Tensor:
+    def _order_back(self, hidden: Tensor) -> Tensor:
         lead, rest = self.layout.n_lead, len(hidden) - self.n_prompts
         if self.layout.prompts_first and self.n_prompts:
             hidden = torch.cat([hidden[:lead], hidden[rest:], hidden[lead:rest]])
+        return hidden
+
+    def _turned_back(self, hidden: Tensor) -> Tensor:
+        hidden = self._order_back(hidden)
         return hidden.transpose(0, 1).contiguous() if self.layout.batch_first else hidden
+
+    def _bias_of(self, sizes):
+        """(B, S) in the tower's own order."""
+        return None if sizes is None else self._order_back(sizes.T).T.log()
 
     def _shortened(self, stream, args, kwargs):
         """A block's arguments with every mask in them cut to the positions that its sequence still has."""
@@ -218,6 +265,18 @@ class Pass:
         n = length - full + self.stream.n_tokens  # what stands for patch tokens now
         places = torch.cat([places[:lead], places[lead : lead + 1].expand(n), places[lead + self.stream.n_tokens :]])
         return mask[..., places, :][..., places]
+
+
+def _mask_name(attention: nn.Module) -> str:
+    """The argument in which an attention takes what it adds to its logits."""
+    known = inspect.signature(attention.forward).parameters
+    for name in ("key_padding_mask", "attention_mask", "attn_mask"):
+        if name in known:
+            return name
+    raise ValueError(
+        f"a {type(attention).__name__} takes no mask that could say for how many tokens one stands: "
+        "set MERGE 0 and SHARE 0"
+    )
 
 
 def _alike(mask: Tensor, dim: int) -> bool:

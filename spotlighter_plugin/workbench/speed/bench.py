@@ -20,6 +20,8 @@ from rich.table import Table
 
 from ...config import PRESETS, SpotlighterConfig
 from ...method.memory import coarse_keys
+from ...method.schedule import Step, Tower, groups, lengths
+from ...method.schedule import operations as counted
 from ...towers.clip import BUNDLED
 from ...towers.prompts import normalize
 from ...wrapper import SpotlighterWrapper
@@ -57,7 +59,7 @@ class Setting:
         for option in ("batch_size", "classes", "runs"):
             if getattr(self, option) < 1:
                 raise ValueError(f"{_flag(option)} is {getattr(self, option)}, must be at least 1")
-        self.cuts  # noqa: B018  (raises for what the tower has not)
+        self.steps  # noqa: B018  (raises for what the tower has not)
 
     @property
     def config(self) -> SpotlighterConfig:
@@ -66,11 +68,15 @@ class Setting:
             return SpotlighterConfig(**options | _options(self.options))
 
     @property
-    def cuts(self) -> list[tuple[int, int]]:
-        """The blocks before which tokens are cut, ascending, and how many patch tokens go on at each."""
-        shape, config = shape_of(self.backbone), self.config
+    def tower(self) -> Tower:
+        shape = shape_of(self.backbone)
+        return Tower(shape.tokens, shape.layers, shape.width, shape.width // 64, shape.dim, shape.patch)
+
+    @property
+    def steps(self) -> list[Step]:
+        """The blocks before which tokens are merged or cut, ascending, and how many go on at each."""
         with _own_flags():
-            return config.cuts(shape.tokens, shape.layers)
+            return self.config.steps(self.tower)
 
 
 class Bench:
@@ -127,12 +133,13 @@ class Bench:
                 "images_per_second_spotlighter": rate[number],
                 "speedup": _ratio(taken["upstream"], taken[number]) if upstream else None,
                 "speedup_over_cached_text": _ratio(taken["cached"], taken[number]),
+                "operations_ratio": counted(setting.tower, setting.steps) / counted(setting.tower),
                 "extra_parameters": wrapper.extra_parameter_count(),
                 "peak_memory_mb_host": memory["cached"],
                 "peak_memory_mb_spotlighter": memory[number],
                 "runs": self.setting.runs,
             }
-            for number, wrapper in enumerate(self.wrappers)
+            for number, (setting, wrapper) in enumerate(zip(self.settings, self.wrappers, strict=True))
         ]
 
     def training(self, tick=lambda: None) -> list[dict]:
@@ -214,7 +221,7 @@ class Bench:
 
     def _subject(self, number):
         setting = self.settings[number]
-        block, top_k = setting.cuts[-1]
+        last = setting.steps[-1]
         named = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         return {
             "host": setting.host,
@@ -223,19 +230,14 @@ class Bench:
             "dtype": setting.dtype,
             "batch_size": setting.batch_size,
             "classes": setting.classes,
-            "select_block": block,
-            "top_k": top_k,
+            "select_block": last.block,
+            "top_k": last.kept,
         }
 
 
 def arithmetic_limit(setting: Setting) -> float:
-    """Speed-up by blocks × tokens alone: L (N + 1) / (s (N + 1) + (L - s)(k + 1)), and so on for further cuts."""
-    shape, cost, before = shape_of(setting.backbone), 0, 0
-    now = shape.tokens + 1
-    for block, kept in setting.cuts:
-        cost += (block - before) * now
-        before, now = block, kept + 1 + (setting.config.fuse_dropped and kept < shape.tokens)
-    return shape.layers * (shape.tokens + 1) / (cost + (shape.layers - before) * now)
+    """Speed-up by blocks × tokens alone: L (N + 1) / (s (N + 1) + (L - s)(k + 1)), and so on for further steps."""
+    return sum(lengths(setting.tower)) / sum(lengths(setting.tower, setting.steps))
 
 
 def swept(options: dict, sweep: str = "") -> list[Setting]:
@@ -410,8 +412,12 @@ def _options(words):
 
 
 def _cuts(setting):
-    """The columns s and k: every block before which tokens are cut, and what each cut keeps, a line each."""
-    return ["\n".join(map(str, part)) for part in zip(*setting.cuts, strict=True)]
+    """The columns s and k: the blocks before which tokens are merged or cut, and what goes on, a line each."""
+    rows = []
+    for group in groups(setting.steps):
+        first, last = group[0], group[-1]
+        rows.append((f"{first.block}-{last.block}" if len(group) > 1 else f"{first.block}", f"{last.kept}"))
+    return ["\n".join(part) for part in zip(*rows, strict=True)] or ["", ""]
 
 
 def _title(record):

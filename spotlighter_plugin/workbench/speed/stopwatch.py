@@ -123,8 +123,9 @@ def _marked(wrapper, mark, device):
 
         return timing
 
-    own = {name: getattr(Selector, name) for name in ("cut", "select", "sample_score", "semantic_score")}
-    instead = {"cut": timed(own["cut"], cuts), "select": timed(own["select"], cuts, lambda: mark("chosen"))}
+    own = {name: getattr(Selector, name) for name in ("merge", "cut", "select", "sample_score", "semantic_score")}
+    instead = {name: timed(own[name], cuts) for name in ("merge", "cut")}
+    instead |= {"select": timed(own["select"], cuts, lambda: mark("chosen"))}
     instead |= {name: timed(own[name], scores) for name in ("sample_score", "semantic_score")}
     hooks = [
         vision.register_forward_pre_hook(lambda *_: mark("tower")),

@@ -167,7 +167,8 @@ class CachedRuns:
     def build(self, cfg):
         """The trainer of a configuration, on cached states."""
         config = from_cfg(cfg)
-        block = (*(block for block, _ in config.stages), config.select_block)[0]
+        merges = config.share or config.merge
+        block = 1 if merges else (*(block for block, _ in config.stages), config.select_block)[0]
         key = cfg.DATASET.NAME, cfg.DATASET.ROOT, cfg.MODEL.BACKBONE.NAME, tuple(cfg.INPUT.SIZE), block
         if key != self.key:
             self.key = self.states = None  # frees the old ones first
