@@ -9,14 +9,12 @@ from __future__ import annotations
 import os
 import urllib.error
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from clip import clip as openai_clip
 from clip.model import CLIP, VisionTransformer, convert_weights
-from PIL.Image import Image
 
 from ..compat import openai_clip_model
 from .packing import Packing, common_prefix
@@ -42,11 +40,6 @@ def load_clip(name: str, device: str | torch.device = "cpu") -> CLIP:
     path = _locate(str(name))
     state_dict = _expand_vocabulary(_read_state_dict(path))
     return _build(state_dict, path).to(device)
-
-
-def preprocess_of(model: CLIP) -> Callable[[Image], torch.Tensor]:
-    """What a picture goes through before ``model`` sees it, (3, h, h), as the second that `clip.load` returns."""
-    return openai_clip._transform(model.visual.input_resolution)
 
 
 def require_vision_transformer(clip_model: CLIP, name: str) -> None:
