@@ -97,7 +97,7 @@ def provide_weights(weights, copy, folder):
     shutil.move(weights, folder / checksum / "ViT-B-16.pt")
     url = (folder / checksum / "ViT-B-16.pt").as_uri()
     for code in copy.glob("clip*/clip.py"):
-        code.write_text(re.sub(r'("ViT-B/16": )".*"', rf'\1"{url}"', code.read_text()))
+        code.write_text(re.sub(r'("ViT-B/16":\s*)".*"', rf'\1"{url}"', code.read_text()))
 
 
 def provide_pictures(folder):

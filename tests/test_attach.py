@@ -274,11 +274,14 @@ def test_trainers_in_a_folder_of_another_name_are_found_there(tmp_path, capsys):
     assert (folder / "prompting/lasp_spotlighter.py").is_file()
 
 
-def test_which_of_several_unknown_trainers_is_meant_has_to_be_said(tmp_path):
+def test_which_of_several_unknown_trainers_is_meant_has_to_be_said(tmp_path, capsys):
     folder = descendant(tmp_path / "fork", "KgCoOp", "ProGrad")
     (folder / "trainers/coop.py").unlink()
     with refused_and_untouched(folder, "has the trainers KgCoOp, ProGrad: say which with --trainer"):
         attach.command(folder, None)
+    run(capsys, folder, trainer="ProGrad")
+    run(capsys, folder, detach=True)
+    assert not list(folder.glob("*/*_spotlighter.py"))
     with refused_and_untouched(folder, "has no trainer MMRL: take --trainer with one of KgCoOp, ProGrad"):
         attach.command(folder, trainer="MMRL")
 

@@ -88,6 +88,9 @@ if "register" in sys.argv:
 
 names = TRAINER_REGISTRY.registered_names()
 made = [name for name in names if name in ("FreshSpotlighter", "CoOpSpotlighter")]
+if "--trainer" in sys.argv:
+    told = sys.argv[sys.argv.index("--trainer") + 1]
+    print(told, TRAINER_REGISTRY.get(told).__name__)
 bases = [base.__name__ for name in made for base in TRAINER_REGISTRY.get(name).__bases__]
 print(made, bases, get_cfg_default().TRAINER.SPOTLIGHTER.PRESET)
 """
@@ -102,3 +105,12 @@ def test_run_offers_a_spotlighter_for_every_trainer_that_any_script_registers(tm
     assert done.returncode == 0, done.stderr
     fresh = "['FreshSpotlighter'] ['SpotlighterAttachedMixin', 'Fresh'] default\n"
     assert done.stdout == (fresh if registers else "[] [] default\n")
+
+
+def test_a_scripts_own_code_is_told_the_hosts_name_and_given_ours(tmp_path):
+    (tmp_path / "anything.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "spotlighter_plugin.forks.run", "anything.py", "register"]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command += ["--trainer", "FreshSpotlighter"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert done.stdout.splitlines()[0] == "Fresh FreshSpotlighter", done.stderr

@@ -8,10 +8,14 @@ from pathlib import Path
 
 
 def is_fork(folder: Path) -> bool:
-    """Whether train.py and trainers/ are there, as in CoOp, and the folder is not this repository."""
-    has = {name: (folder / name).exists() for name in ("train.py", "trainers", "spotlighter_plugin")}
-    return has["train.py"] and has["trainers"] and not has["spotlighter_plugin"]
+    """Whether train.py and trainers/ are there, as in CoOp, or what was attached; this repository is none."""
+    if not (folder / "train.py").exists() or (folder / "spotlighter_plugin").exists():
+        return False
+    return (folder / "trainers").exists() or any(folder.glob("*/*_spotlighter.py"))
 
 
 if Path(sys.argv[0]).is_file() and is_fork(Path(sys.argv[0]).parent):
     from . import today  # noqa: F401
+    from .run import offer_trainers
+
+    offer_trainers(makes=False)

@@ -306,13 +306,17 @@ def command(
     detach: Annotated[bool, typer.Option("--detach", help="undo it, for all trainers")] = False,
 ):
     """Put Spotlighter into a fork: its trainer, its configuration, and a few lines in the fork's train.py."""
-    host = choose(folder, trainer)
-    changes, left = plan_detach(folder) if detach else (plan_attach(folder, host), [])
+    if detach:
+        host, (changes, left) = hosts_in(folder)[0], plan_detach(folder)
+    else:
+        host = choose(folder, trainer)
+        changes, left = plan_attach(folder, host), []
     what = f"a fork of {host.known}" if host.known else f"{host.registered} is trained by its own step"
     print(f"{folder}: {what} ({host.module})")
     others = [each.registered for each in hosts_in(folder) if each != host]
     if others and trainer is None and not detach:
         print(f"  also there: {', '.join(others)} (--trainer NAME)")
+    before = _read_lines(folder / "train.py")[0]
     if not dry_run:
         commit(changes)
     for path, content in changes.items():
@@ -320,9 +324,13 @@ def command(
             print(f"  {'deleted' if content is None else 'created'} {path.relative_to(folder)}")
             continue
         print(f"  {'removed from' if detach else 'added to'} train.py")
+        if detach:
+            kept = content.decode("latin-1").splitlines()
+            print("\n".join(f"    - {line}" for line in before if line and line not in kept))
+            continue
         for insertion in host.insertions:
-            place = "" if detach else f"  ({insertion.where} line that matches {insertion.anchor})"
-            print("\n".join(f"    {'-' if detach else '+'} {line}" for line in insertion.lines) + place)
+            place = f"  ({insertion.where} line that matches {insertion.anchor})"
+            print("\n".join(f"    + {line}" for line in insertion.lines) + place)
     for line in left:
         print(f"  left as it is: {line}")
     if not changes:

@@ -37,7 +37,7 @@ def run_fork(argv: list[str]) -> None:
     from . import today  # noqa: F401
 
     _add_options()
-    _offer_trainers()
+    offer_trainers(makes=not any(script.parent.glob("*/*_spotlighter.py")))  # where one is attached, its file does
     runpy.run_path(str(script), run_name="__main__")
 
 
@@ -61,11 +61,17 @@ def _add_options():
     dassl_config.get_cfg_default, dassl_config.clean_cfg = get_cfg_default, clean_cfg
 
 
-def _offer_trainers():
-    """Let Dassl's registry have XSpotlighter for every trainer X, made when it is asked for."""
+def offer_trainers(makes: bool = True):
+    """Let Dassl's registry have XSpotlighter for every trainer X, made when it is asked for.
+
+    Where the script is asked for a generic XSpotlighter, it is told X, which its own code may look at, and given ours.
+
+    Args:
+        makes: whether trainers are made; if not, files of the fork register them.
+    """
     from dassl.engine import TRAINER_REGISTRY as registry
 
-    get, names = registry.get, registry.registered_names
+    get, names, stands_in = registry.get, registry.registered_names, _told_the_host(sys.argv)
 
     def offered():
         own = list(names())
@@ -73,12 +79,23 @@ def _offer_trainers():
         return list(dict.fromkeys([*own, *made]))
 
     def made(name):
+        name = f"{name}{SUFFIX}" if name == stands_in and (makes or f"{name}{SUFFIX}" in names()) else name
         hosts = [each for each in names() if name in (f"{each}{SUFFIX}", f"{known_as(each)}{SUFFIX}")]
-        if hosts and name not in names():
+        if makes and hosts and name not in names():
             _make(name, hosts[0], get(hosts[0]))
         return get(name)
 
     registry.get, registry.registered_names = made, offered
+
+
+def _told_the_host(argv: list[str]) -> str | None:
+    """Replace --trainer XSpotlighter by X, if X has no adapter of its own here; X, or None."""
+    for i, (flag, name) in enumerate(zip(argv, argv[1:], strict=False)):
+        host = name.removesuffix(SUFFIX)
+        if flag == "--trainer" and host != name and known_as(host) is None:
+            argv[i + 1] = host
+            return host
+    return None
 
 
 def _make(name, host, trainer):
