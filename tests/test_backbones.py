@@ -194,3 +194,26 @@ def test_the_bundled_towers_are_of_two_widths_and_load_by_name():
     towers = {name: load_clip(name) for name in backbones.BUNDLED}
     assert {name: clip.visual.conv1.out_channels for name, clip in towers.items()} == {"micro": 64, "tiny": 128}
     assert {clip.visual.input_resolution for clip in towers.values()} == {112}
+
+
+def test_open_clips_weights_keep_the_activation_that_they_were_trained_with(tmp_path, capsys):
+    open_clip = pytest.importorskip("open_clip")
+    texts, images = tokenize(TEXTS), torch.randn(2, 3, 32, 32)
+    vision = {"layers": 2, "width": 64, "patch_size": 8, "image_size": 32, "head_width": 64}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2}
+    for quick, names in (
+        (False, ("open_clip.bin:gelu", "vit-gelu.pt")),
+        (True, ("open_clip.bin:quickgelu", "b-quickgelu.pt")),
+    ):
+        theirs = open_clip.CLIP(64, vision, text, quick_gelu=quick).eval()
+        for name in names:
+            torch.save(theirs.state_dict(), tmp_path / name.split(":")[0])
+            ours = load_clip(str(tmp_path / name))
+            with torch.no_grad():
+                torch.testing.assert_close(ours.encode_image(images), theirs.encode_image(images), atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(ours.encode_text(texts), theirs.encode_text(texts), atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"open_clip.bin looks like open_clip's.*append :gelu or :quickgelu"):
+        load_clip(str(tmp_path / "open_clip.bin"))
+    torch.save(theirs.state_dict(), tmp_path / "plain.pt")
+    load_clip(str(tmp_path / "plain.pt"))
+    assert "plain.pt: taken to have OpenAI's activation" in capsys.readouterr().out

@@ -22,6 +22,7 @@ from .packing import Packing, common_prefix
 build_model = openai_clip_model().build_model
 WEIGHTS = Path(__file__).parents[1] / "weights"
 BUNDLED = {"micro": WEIGHTS / "micro_clip.safetensors", "tiny": WEIGHTS / "tiny_clip.safetensors"}  # 64 and 128 wide
+ACTIVATIONS = ("gelu", "quickgelu")
 PRECISIONS = ("fp16", "fp32", "amp")
 TEXT_CHUNK = 256  # classes that go through the text tower at once when no gradient is kept
 
@@ -33,13 +34,21 @@ def load_clip(name: str, device: str | torch.device = "cpu") -> CLIP:
     """Load a CLIP model in float32 and evaluation mode.
 
     name: one of OpenAI's names (downloaded with its checksum into ~/.cache/clip), one of `BUNDLED`, or a path to a
-        TorchScript archive, a state dict (.pt, .pth) or a .safetensors file.
+        TorchScript archive, a state dict (.pt, .pth, .bin) or a .safetensors file. open_clip's files of OpenAI's
+        architecture are read, too: append the activation that they were trained with, as in `weights.bin:gelu` or
+        `weights.bin:quickgelu`, which their file names may say themselves.
     Raises ValueError (unknown name, file that holds no CLIP), FileNotFoundError (no such file), ConnectionError (the
         download failed); each is one line.
     """
-    path = _locate(str(name))
-    state_dict = _expand_vocabulary(_read_state_dict(path))
-    return _build(state_dict, path).to(device)
+    name, said = _split_activation(str(name))
+    path = _locate(name)
+    state_dict = _read_state_dict(path)
+    activation = said or _activation_of(path, state_dict)
+    model = _build(_expand_vocabulary(state_dict), path)
+    if activation == "gelu":
+        for block in (*model.transformer.resblocks, *_blocks(model.visual)):
+            block.mlp.gelu = torch.nn.GELU()
+    return model.to(device)
 
 
 def require_vision_transformer(clip_model: CLIP, name: str) -> None:
@@ -169,6 +178,35 @@ def _download(name: str) -> Path:
             f"weights of {name} could not be downloaded ({error}): put {openai_clip._MODELS[name].split('/')[-1]} into "
             "~/.cache/clip, or set MODEL.BACKBONE.NAME to its path"
         ) from None
+
+
+def _blocks(visual):
+    return visual.transformer.resblocks if isinstance(visual, VisionTransformer) else ()
+
+
+def _split_activation(name: str) -> tuple[str, str | None]:
+    """`file:gelu` as its two parts; a name without a known activation behind it stays as it is."""
+    path, _, last = name.rpartition(":")
+    return (path, last) if path and last in ACTIVATIONS else (name, None)
+
+
+def _activation_of(path: Path, state_dict: dict[str, torch.Tensor]) -> str:
+    """The activation of weights whose name does not end with it: OpenAI's, or what the file's name says.
+
+    Raises ValueError for a file of open_clip's that says neither; it would be wrong without an error.
+    """
+    name = path.name.lower().replace("_", "").replace("-", "")
+    if "gelu" in name:
+        return "quickgelu" if "quickgelu" in name else "gelu"
+    foreign = any(word in name for word in ("openclip", "laion", "datacomp", "metaclip", "dfn"))
+    if foreign:
+        raise ValueError(
+            f"{path} looks like open_clip's, whose models have either activation: append :gelu, or :quickgelu for a "
+            "model whose name ends in -quickgelu, to MODEL.BACKBONE.NAME"
+        )
+    if "token_embedding.rows" not in state_dict and not {"input_resolution", "context_length"} <= state_dict.keys():
+        print(f"{path.name}: taken to have OpenAI's activation, QuickGELU (:gelu behind the name says otherwise)")
+    return "quickgelu"
 
 
 def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
