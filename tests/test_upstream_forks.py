@@ -1,16 +1,20 @@
 """The real forks on the real Dassl: one epoch and an evaluation, with the host's trainer and with ours, on a CPU."""
 
+import importlib
 import re
+import sys
 
 import pytest
 import torch
 from clip.model import CLIP
-from fork_kit import FORKS, UPSTREAM, execute, flags, make
+from fork_kit import FORKS, ROOT, UPSTREAM, execute, flags, make
 
 pytestmark = pytest.mark.skipif(
     not (UPSTREAM / "dassl").is_dir(),
     reason="SPOTLIGHTER_UPSTREAM names no folder with checkouts of the forks and dassl",
 )
+sys.path.append(str(ROOT / "tools"))
+REPOSITORIES = importlib.import_module("compatibility").REPOSITORIES
 RUN = ("-m", "spotlighter_plugin", "run", "--", "train.py")
 FEWER_TOKENS = ("TRAINER.SPOTLIGHTER.TOP_K", "8")
 
@@ -77,3 +81,16 @@ def test_a_missing_teacher_is_refused_in_one_line(tmp_path):
 def test_run_refuses_a_script_that_is_not_there_in_one_line(tmp_path):
     out, err, status = execute(tmp_path, *RUN[:-1], "absent.py")
     assert status == 1 and "no such file" in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", list(REPOSITORIES))
+def test_a_public_repository_is_attached_trained_evaluated_on_new_classes_and_left_as_it_was(name, tmp_path):
+    repository = REPOSITORIES[name]
+    if not (UPSTREAM / repository.folder).is_dir():
+        pytest.skip("no checkout")
+    row = sys.modules["compatibility"].try_repository(repository, tmp_path)
+    assert row["recognised"] == row["detached"] == "yes"
+    assert all("\n" not in cell for cell in row.values())
+    if row["attached"] == "yes":  # refused in one line elsewhere
+        assert float(row["invariance error"]) < 1e-5
+        assert row["trained"] == row["new classes"] == "yes"

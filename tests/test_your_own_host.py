@@ -8,6 +8,7 @@ import pytest
 import torch
 from clip.clip import _transform
 from clip.model import CLIP
+from hosts_kit import make_trainer
 from method_kit import random_clip
 from PIL import Image
 from random_clips import CLASS_NAMES, SIZE
@@ -79,3 +80,15 @@ def test_an_adapter_of_ones_own_keeps_the_others_from_nothing():
     assert isinstance(adapter_for(random_clip(), CLASS_NAMES), CLIPModelAdapter)
     with pytest.raises(ValueError, match="no adapter recognises a Linear; pass adapter=…"):
         adapter_for(torch.nn.Linear(2, 2))
+
+
+def test_the_documents_trainer_of_twenty_lines_trains(tmp_path):
+    names = {}
+    exec(EXAMPLES[4], names)
+    assert len([line for line in EXAMPLES[4].splitlines() if line]) <= 20
+    options = ("TRAINER.COOP.PREC", "fp32", "TRAINER.SPOTLIGHTER.TOP_K", 6, "TRAINER.SPOTLIGHTER.MATCH_TOKENS", 4)
+    trainer = make_trainer(tmp_path, "NearSpotlighter", "coop", *options)
+    before = trainer.spotlighter.host.prompt_learner.ctx.clone()
+    trainer.train()
+    assert not torch.equal(before, trainer.spotlighter.host.prompt_learner.ctx)
+    assert trainer.spotlighter.plugin.memory.is_ready

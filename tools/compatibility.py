@@ -111,15 +111,14 @@ print("done")
 """
 
 
-def try_repository(name: str, repository: Repository, folder: Path) -> dict[str, str]:
+def try_repository(repository: Repository, folder: Path) -> dict[str, str]:
     """The row of one repository."""
     copy, row = folder / "fork", dict.fromkeys(COLUMNS, "")
     ignore = shutil.ignore_patterns(".git", "*.png", "*.jpg", "Dassl*", "output", "__pycache__")
     shutil.copytree(UPSTREAM / repository.folder, copy, ignore=ignore)
     fork_kit.provide(copy, folder, size=repository.size, patch=repository.patch)
     before = contents(copy)
-    name = repository.trainer
-    out, err, status = execute(copy, *CALL, "attach", ".", "--trainer", name)
+    out, err, status = execute(copy, *CALL, "attach", ".", "--trainer", repository.trainer)
     row["recognised"] = "yes" if status == 0 else one_line(err)
     if status:
         return row
@@ -249,7 +248,7 @@ def main(names: list[str]) -> None:
     for name, repository in REPOSITORIES.items():
         if (UPSTREAM / repository.folder).is_dir() and (not names or name in names):
             with tempfile.TemporaryDirectory() as folder:
-                show(name, try_repository(name, repository, Path(folder)))
+                show(name, try_repository(repository, Path(folder)))
     for name, own in SCRIPTS.items():
         if (UPSTREAM / name).is_dir() and (not names or name in names):
             show(name, try_script(own, UPSTREAM / name))

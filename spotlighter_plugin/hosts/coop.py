@@ -16,7 +16,8 @@ class CoOpAdapter(HostAdapter):
     def matches(cls, model: nn.Module) -> bool:
         parts = ("prompt_learner", "tokenized_prompts", "image_encoder", "text_encoder", "logit_scale")
         learner = getattr(model, "prompt_learner", None)
-        others = ("proj", "meta_net", "compound_prompts_text")  # MaPLe and CoCoOp have a context, too
+        # MaPLe, CoCoOp and PromptSRC have a context, too
+        others = ("proj", "meta_net", "compound_prompts_text", "ZS_image_encoder")
         return (
             all(hasattr(model, part) for part in parts)
             and hasattr(learner, "ctx")
