@@ -109,9 +109,9 @@ def provide_pictures(folder):
             Image.new("RGB", (32 + i, 32), colour).save(path)
 
 
-def execute(copy, *command):
-    """Run a command in the fork; what it printed, and its exit code."""
-    path = [str(ROOT), str(UPSTREAM / "dassl"), os.environ.get("PYTHONPATH", "")]
+def execute(copy, *command, dassl="dassl"):
+    """Run a command in the fork, on a checkout of Dassl; what it printed, and its exit code."""
+    path = [str(ROOT), str(UPSTREAM / dassl), os.environ.get("PYTHONPATH", "")]
     env = {**os.environ, "HOME": str(copy.parent), "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, *command], cwd=copy, env=env, capture_output=True, text=True, timeout=900)
     return done.stdout, done.stderr, done.returncode

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
@@ -38,6 +39,7 @@ class Repository:
     options: tuple[str, ...] = ()
     size: int = 32
     patch: int = 8
+    dassl: str = "dassl"
 
 
 B16 = "ViT-B/16"
@@ -47,7 +49,13 @@ REPOSITORIES = {
     "MaPLe": Repository("multimodal-prompt-learning", "MaPLe", "MaPLe/vit_b16_c2_ep5_batch4_2ctx"),
     "CLIPFit": Repository("CLIPFit/CLIPFit", "ClipFit", "ClipFit/vit_b16_ep30"),
     "KgCoOp": Repository("KgCoOp/KgCoOp", "KgCoOp", "KgCoOp/vit_b16_ep100_ctxv1"),
-    "ProGrad": Repository("ProGrad/ProGrad.public", "ProGrad", "ProGrad/rn50", ("MODEL.BACKBONE.NAME", B16)),
+    "ProGrad": Repository(
+        "ProGrad/ProGrad.public",
+        "ProGrad",
+        "ProGrad/rn50",
+        ("MODEL.BACKBONE.NAME", B16),
+        dassl="ProGrad/Dassl.ProGrad.pytorch",
+    ),
     "PromptSRC": Repository("PromptSRC", "PromptSRC", "PromptSRC/vit_b16_c2_ep20_batch4_4+4ctx"),
     "TCP": Repository("TCP", "TCP", "KgCoOp/vit_b16_ep100_ctxv1", ("TRAINER.COOP.W", "1.0")),
     "MMA": Repository(
@@ -123,6 +131,7 @@ def try_repository(repository: Repository, folder: Path) -> dict[str, str]:
     if status:
         return row
     trainer = re.search(r"--trainer (\S+)", out)[1]
+    run = partial(execute, copy, dassl=repository.dassl)
     short = [*SHORT_RUN, "INPUT.SIZE", f"({repository.size}, {repository.size})", "TRAINER.SPOTLIGHTER.TOP_K", "8"]
 
     def flags(output, *more):
@@ -133,7 +142,7 @@ def try_repository(repository: Repository, folder: Path) -> dict[str, str]:
         )
 
     base = ("DATASET.SUBSAMPLE_CLASSES", "base")
-    out, err, status = execute(copy, "train.py", *flags("output/a"), *repository.options, *short, *base)
+    out, err, status = run("train.py", *flags("output/a"), *repository.options, *short, *base)
     found = re.search(r"differ by (\S+) of their scale", out)
     row["attached"] = "yes" if found else one_line(err)
     row["invariance error"] = found[1] if found else ""
@@ -141,7 +150,7 @@ def try_repository(repository: Repository, folder: Path) -> dict[str, str]:
     if row["trained"] == "yes":
         load = flags("output/b", "--eval-only", "--model-dir", "output/a", "--load-epoch", "1")
         new = ("DATASET.SUBSAMPLE_CLASSES", "new")
-        out, err, status = execute(copy, "train.py", *load, *repository.options, *short, *new)
+        out, err, status = run("train.py", *load, *repository.options, *short, *new)
         row["new classes"] = "yes" if status == 0 and "Loaded spotlighter" in out else one_line(err)
     execute(copy, *CALL, "attach", ".", "--detach")
     row["detached"] = "yes" if contents(copy) == before else "no"
