@@ -138,11 +138,11 @@ class FrozenTower:
         new = [path for path in dict.fromkeys(paths) if path not in self._row]
         prints = {path: hashlib.blake2b(Path(path).read_bytes(), digest_size=16).digest() for path in new}
         unseen = list({prints[path]: path for path in new if prints[path] not in self._known}.values())
-        for part in chunks(unseen):
+        for i, part in enumerate(chunks(unseen), 1):
             seen = self.vision(self.pictures(part)).float()
             self._known |= {prints[p]: f for p, f in zip(part, F.normalize(seen, dim=-1).cpu().numpy(), strict=True)}
-        if unseen:
-            self._write()
+            if i % 8 == 0 or i * BATCH >= len(unseen):
+                self._write()
         self._row |= {path: self._known[prints[path]] for path in new}
         return torch.from_numpy(np.stack([self._row[path] for path in paths])).to(self.device)
 
