@@ -167,13 +167,14 @@ def test_features_are_kept_by_what_a_picture_holds(tmp_path, family, monkeypatch
     assert asked == [task.shots.paths[:2]]
 
 
-def test_spotlighter_on_kept_states_answers_as_on_pictures(tmp_path, family):
+@pytest.mark.parametrize("options", [{}, {"merge": 4, "top_k": 24}])
+def test_spotlighter_on_kept_states_answers_as_on_pictures(tmp_path, family, options):
     cell = Cell(hosts.kind_of("coop"),
         family[0], 1, str(tmp_path), task_of(tmp_path, family),
         FrozenTower(configuration(family[0], 1, str(tmp_path)), tmp_path), tmp_path,
     )  # fmt: skip
     task, tower = cell.task, cell.tower
-    attached = plugin.attach(cell.host[2], SpotlighterConfig(), task, task, tower)
+    attached = plugin.attach(cell.host[2], SpotlighterConfig(**options), task, task, tower)
     answers = attached.answers(task.test, tower)
     is_base = (task.test.labels < task.known).numpy()
     for names, mine, low, right in (
