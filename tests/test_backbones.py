@@ -102,6 +102,9 @@ def test_fp16_halves_the_matrices_and_keeps_layer_norms(tmp_path):
     features = encode_prompts(model, TEXTS)
     assert features.dtype == torch.float16
     torch.testing.assert_close(features.float(), encode_prompts(random_clip(), TEXTS), atol=1e-2, rtol=0)
+    exact, bfloat = random_clip(), apply_precision(random_clip(), "bf16")
+    assert bfloat.dtype == torch.bfloat16 and bfloat.ln_final.weight.dtype == torch.float32
+    assert torch.equal(bfloat.visual.conv1.weight, exact.visual.conv1.weight.bfloat16())  # rounded once
     assert apply_precision(model, "amp").dtype == torch.float32
     with pytest.raises(ValueError, match="fp8"):
         apply_precision(model, "fp8")

@@ -19,7 +19,7 @@ from .host import HostTrainer
 def extend_cfg(cfg):
     """Add the options of CLIPFit."""
     cfg.TRAINER.CLIPFIT = CfgNode()
-    cfg.TRAINER.CLIPFIT.PREC = "fp16"  # fp16, fp32, amp
+    cfg.TRAINER.CLIPFIT.PREC = "fp16"  # fp16, bf16, fp32, amp
     cfg.TRAINER.CLIPFIT.LAMBDA = 8.0  # weight of the similarity to the frozen text embeddings
 
 

@@ -16,7 +16,7 @@ def extend_cfg(cfg):
     cfg.TRAINER.COOP.N_CTX = 16  # context vectors
     cfg.TRAINER.COOP.CSC = False  # a context of its own for each class
     cfg.TRAINER.COOP.CTX_INIT = ""  # words to start from; their number then replaces N_CTX
-    cfg.TRAINER.COOP.PREC = "fp16"  # fp16, fp32, amp
+    cfg.TRAINER.COOP.PREC = "fp16"  # fp16, bf16, fp32, amp
     cfg.TRAINER.COOP.CLASS_TOKEN_POSITION = "end"  # end, middle, front
 
 

@@ -17,7 +17,7 @@ def extend_cfg(cfg):
     cfg.TRAINER.MAPLE = CfgNode()
     cfg.TRAINER.MAPLE.N_CTX = 2  # prompts in every block
     cfg.TRAINER.MAPLE.CTX_INIT = "a photo of a"  # the first N_CTX of these words start the text prompts
-    cfg.TRAINER.MAPLE.PREC = "fp16"  # fp16, fp32, amp
+    cfg.TRAINER.MAPLE.PREC = "fp16"  # fp16, bf16, fp32, amp
     cfg.TRAINER.MAPLE.PROMPT_DEPTH = 9  # blocks with prompts of their own; 1 is the first block alone
 
 

@@ -5,7 +5,6 @@ projected to the teacher's width.
 """
 
 import torch
-from clip.model import convert_weights
 from dassl.engine import TRAINER_REGISTRY
 from dassl.metrics import compute_accuracy
 from dassl.utils import load_checkpoint
@@ -14,7 +13,7 @@ from yacs.config import CfgNode
 
 from spotlighter_plugin.hosts.promptkd import classes_of_split, distillation_loss
 from spotlighter_plugin.runtime.dassl.utils.checkpoint import load_weights
-from spotlighter_plugin.towers.clip import require_vision_transformer
+from spotlighter_plugin.towers.clip import apply_precision, require_vision_transformer
 from spotlighter_plugin.towers.deep_prompts import checked_depth, own_vision_prompts
 from spotlighter_plugin.towers.prompts import CLIPClassifier
 
@@ -31,7 +30,7 @@ def extend_cfg(cfg):
     cfg.TRAINER.PROMPTKD.N_CTX_VISION = 4  # prompts in every block of the student
     cfg.TRAINER.PROMPTKD.N_CTX_TEXT = 4  # upstream's; the teacher's number comes from its checkpoint
     cfg.TRAINER.PROMPTKD.CTX_INIT = "a photo of a"  # words behind which the teacher's prompts were trained
-    cfg.TRAINER.PROMPTKD.PREC = "fp16"  # fp16, fp32, amp
+    cfg.TRAINER.PROMPTKD.PREC = "fp16"  # fp16, bf16, fp32, amp
     cfg.TRAINER.PROMPTKD.PROMPT_DEPTH_VISION = 9  # blocks of the student with prompts; 0 is none
     cfg.TRAINER.PROMPTKD.PROMPT_DEPTH_TEXT = 9  # upstream's; the teacher's depth comes from its checkpoint
     cfg.TRAINER.PROMPTKD.PROJECT_LAYER = 2  # upstream's; the projection has two layers
@@ -65,8 +64,8 @@ class CustomCLIP(CLIPClassifier):
         self.logit_scale = clip_model.logit_scale
         self.vision_prompts = own_vision_prompts(clip_model.visual, n_ctx, depth)
         self.VPT_image_trans = FeatureProjection(clip_model.visual.output_dim, teacher.image_encoder.output_dim)
-        if self.dtype == torch.float16:
-            convert_weights(self.VPT_image_trans)
+        in_half = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+        apply_precision(self.VPT_image_trans, in_half.get(self.dtype, "fp32"))
         self.__dict__["teacher"] = teacher  # no submodule: not trained, not saved, not in train mode
 
     def encode_image(self, image):

@@ -35,7 +35,7 @@ def extend_cfg(cfg):
     cfg.TRAINER.PROMPTSRC.N_CTX_VISION = 4  # prompts in every block of the image tower
     cfg.TRAINER.PROMPTSRC.N_CTX_TEXT = 4  # prompts in every block of the text tower
     cfg.TRAINER.PROMPTSRC.CTX_INIT = "a photo of a"  # words that start the text prompts of the first block
-    cfg.TRAINER.PROMPTSRC.PREC = "fp16"  # fp16, fp32, amp
+    cfg.TRAINER.PROMPTSRC.PREC = "fp16"  # fp16, bf16, fp32, amp
     cfg.TRAINER.PROMPTSRC.PROMPT_DEPTH_VISION = 9  # blocks with prompts; 0 is none
     cfg.TRAINER.PROMPTSRC.PROMPT_DEPTH_TEXT = 9  # blocks with prompts, at least 1
     cfg.TRAINER.PROMPTSRC.TEXT_LOSS_WEIGHT = 25

@@ -23,7 +23,7 @@ build_model = openai_clip_model().build_model
 WEIGHTS = Path(__file__).parents[1] / "weights"
 BUNDLED = {"micro": WEIGHTS / "micro_clip.safetensors", "tiny": WEIGHTS / "tiny_clip.safetensors"}  # 64 and 128 wide
 ACTIVATIONS = ("gelu", "quickgelu")
-PRECISIONS = ("fp16", "fp32", "amp")
+PRECISIONS = ("fp16", "bf16", "fp32", "amp")
 TEXT_CHUNK = 256  # classes that go through the text tower at once when no gradient is kept
 
 _VOCABULARY = 49408  # OpenAI's byte-pair vocabulary
@@ -59,12 +59,16 @@ def require_vision_transformer(clip_model: CLIP, name: str) -> None:
 
 
 def apply_precision(model: torch.nn.Module, precision: str) -> torch.nn.Module:
-    """Cast a CLIP model in place: "fp16" as OpenAI does (LayerNorm and embeddings stay float32), else float32."""
+    """Cast a CLIP model in place: "fp16" and "bf16" what OpenAI casts (LayerNorm and embeddings stay float32)."""
     if precision not in PRECISIONS:
         raise ValueError(f"PREC {precision!r} is unknown: choose one of {', '.join(PRECISIONS)}")
     model.float()
-    if precision == "fp16":
+    if precision in ("fp16", "bf16"):
+        before = {name: parameter.data for name, parameter in model.named_parameters()}
         convert_weights(model)
+        for name, parameter in model.named_parameters():
+            if precision == "bf16" and parameter.dtype == torch.float16:
+                parameter.data = before[name].bfloat16()
     return model
 
 

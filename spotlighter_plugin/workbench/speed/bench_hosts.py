@@ -95,9 +95,6 @@ def build_host(host: str, shape: Shape, classes: int, dtype: str = "fp32", devic
         model = module.CustomCLIP(clip_model, teacher_model, 4, min(9, shape.layers))
     else:
         model = module.CustomCLIP(cfg, names, clip_model)
-    if dtype == "bf16":
-        for part in {model, text_owner(model)}:
-            _replace_half(part)
     return model.to(device).eval()
 
 
@@ -144,12 +141,5 @@ def _random_clip(shape, dtype, device):
         shape.dim, shape.image, shape.layers, shape.width, shape.patch,
         77, 49408, shape.text_width, shape.text_width // 64, shape.text_layers,
     )  # fmt: skip
-    apply_precision(model, "fp32" if dtype == "fp32" else "fp16")
+    apply_precision(model, dtype)
     return model.requires_grad_(False).to(device).eval()
-
-
-def _replace_half(model):
-    """Put bfloat16 in float16's place."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.dtype == torch.float16:
-            tensor.data = tensor.data.bfloat16()
