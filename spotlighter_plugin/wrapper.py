@@ -113,6 +113,10 @@ class SpotlighterWrapper(Pretrained, nn.Module):
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
         return self.plugin.load_state_dict(state_dict, strict, assign)
 
+    def prepare(self) -> None:
+        """Encode texts and fold weights now and not in the first batch: before ``torch.compile``, in evaluation mode."""
+        self._begin(self._adapter(), torch.empty(0, device=self.adapter.layout.device))
+
     def refresh(self) -> None:
         """Forget kept texts; needed only where they change by other means than the host's parameters."""
         self.plugin.forget_constants()

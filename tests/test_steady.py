@@ -50,6 +50,14 @@ def test_no_operator_of_a_steady_batch_waits_for_the_device(options):
     assert len(waits.seen) >= 2  # they would be noticed
 
 
+def test_a_prepared_wrapper_is_one_graph_from_the_first_call_on():
+    wrapper = wrap(**WAYS["merged, then cut"]).eval()
+    wrapper.prepare()
+    compiled = torch.compile(wrapper, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(some_images()), wrapper(some_images()), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["two cuts", "merged, then cut"])
 def test_a_steady_batch_is_one_graph_with_gradients_enabled_around(name):
     wrapper, expected = steady(WAYS[name])
