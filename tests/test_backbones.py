@@ -215,7 +215,7 @@ def test_open_clips_weights_keep_the_activation_that_they_were_trained_with(tmp_
             with torch.no_grad():
                 torch.testing.assert_close(ours.encode_image(images), theirs.encode_image(images), atol=1e-4, rtol=1e-4)
                 torch.testing.assert_close(ours.encode_text(texts), theirs.encode_text(texts), atol=1e-4, rtol=1e-4)
-    with pytest.raises(ValueError, match=r"open_clip.bin looks like open_clip's.*append :gelu or :quickgelu"):
+    with pytest.raises(ValueError, match=r"open_clip.bin looks like open_clip's.*append :gelu, or :quickgelu"):
         load_clip(str(tmp_path / "open_clip.bin"))
     torch.save(theirs.state_dict(), tmp_path / "plain.pt")
     load_clip(str(tmp_path / "plain.pt"))
