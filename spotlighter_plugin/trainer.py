@@ -13,8 +13,10 @@ from dassl.metrics import compute_accuracy
 from dassl.optim import build_lr_scheduler, build_optimizer
 from dassl.utils import load_checkpoint
 from torch import nn
+from torch.utils.data import DataLoader
 
 from .config import from_cfg
+from .hosts.base import HostAdapter
 from .hosts.generic import GenericAdapter
 from .method.invariance import undisturbed
 from .method.memory import SAY
@@ -38,11 +40,11 @@ class SpotlighterTrainerMixin:
     folder = "spotlighter"
     is_remembered = False  # whether the memory holds the shots as the model sees them at present
 
-    def check_cfg(self, cfg):
+    def check_cfg(self, cfg) -> None:
         super().check_cfg(cfg)
         from_cfg(cfg)
 
-    def make_adapter(self, host, class_names):
+    def make_adapter(self, host, class_names) -> HostAdapter:
         """The adapter of this run; a host whose adapter needs more than its model overrides this."""
         return self.adapter(host, class_names)
 
@@ -59,7 +61,7 @@ class SpotlighterTrainerMixin:
             print(f"With every token kept the host's logits differ by {wrapper.invariance:.1e} of their scale")
         return wrapper.to(self.device)
 
-    def build_model(self):
+    def build_model(self) -> None:
         super().build_model()
         self.model = self.spotlighter = self.wrapped()
         config, added = self.model.config, self.model.extra_parameter_count()
@@ -73,12 +75,12 @@ class SpotlighterTrainerMixin:
             sched = build_lr_scheduler(optim, options)
         self.register_model(self.folder, self.model.plugin, optim, sched)
 
-    def before_train(self):
+    def before_train(self) -> None:
         if self.adapter.hand_written_text and {"reg_text", "kl_visual"} & set(self.model.config.losses):
             self.model.adapter.set_frozen_text(hand_written_texts(self.cfg, self.model.class_names, self.device))
         super().before_train()
 
-    def forward_backward(self, batch):
+    def forward_backward(self, batch) -> dict[str, float]:
         images, labels = self.parse_batch_train(batch)[:2]
         with mixed_precision(self.device, self._precision()):
             output = self.model(images, labels)
@@ -96,11 +98,11 @@ class SpotlighterTrainerMixin:
         summary = {name: value.item() for name, value in output.items()}
         return {**summary, "acc": compute_accuracy(logits, labels)[0].item()}
 
-    def model_inference(self, images):
+    def model_inference(self, images) -> torch.Tensor:
         with mixed_precision(self.device, self._precision()):
             return self.model(images)
 
-    def after_epoch(self):
+    def after_epoch(self) -> None:
         test = self.cfg.TEST
         if test.FINAL_MODEL == "best_val" and not test.NO_TEST:
             self._remember()  # the match counts where models are compared
@@ -108,12 +110,12 @@ class SpotlighterTrainerMixin:
         super().after_epoch()
         self.is_remembered = False
 
-    def save_model(self, epoch, directory, *args, **kwargs):
+    def save_model(self, epoch, directory, *args, **kwargs) -> None:
         if not self.is_remembered:
             self._remember()
         super().save_model(epoch, directory, *args, **kwargs)
 
-    def load_model(self, directory, epoch=None):
+    def load_model(self, directory, epoch=None) -> None:
         """Load the host's checkpoint the host's way, and the plug-in's beside it if the folder has one."""
         plugin = self._models.pop(self.folder)  # the host loads its own models
         try:
@@ -135,7 +137,7 @@ class SpotlighterTrainerMixin:
             print(f"Note: {path} was saved to go on from, in the middle of training: it remembers no shots")
         print(f'Loaded {self.folder} from "{path}" (epoch = {checkpoint["epoch"]})')
 
-    def shot_loader(self):
+    def shot_loader(self) -> DataLoader:
         """The training images, once each and without augmentation; of very many some, twice what the memory holds."""
         from dassl.data.data_manager import build_data_loader
         from dassl.data.transforms import build_transform
@@ -233,25 +235,25 @@ class SpotlighterAttachedMixin(SpotlighterTrainerMixin):
         cfg.freeze()
         super().__init__(cfg)
 
-    def make_adapter(self, host, class_names):
+    def make_adapter(self, host, class_names) -> HostAdapter:
         return self.adapter(host, class_names, super(SpotlighterTrainerMixin, self).model_inference)
 
-    def build_model(self):
+    def build_model(self) -> None:
         super(SpotlighterTrainerMixin, self).build_model()
         self.spotlighter = self.wrapped()
         self.register_model(self.folder, self.spotlighter.plugin)
         print(f"Spotlighter is attached to {self.cfg.TRAINER.NAME}, which is trained by its own step")
 
-    def before_train(self):
+    def before_train(self) -> None:
         super(SpotlighterTrainerMixin, self).before_train()
 
-    def forward_backward(self, batch):
+    def forward_backward(self, batch) -> dict[str, float]:
         return super(SpotlighterTrainerMixin, self).forward_backward(batch)
 
-    def model_inference(self, images):
+    def model_inference(self, images) -> torch.Tensor:
         return self.spotlighter(images)
 
-    def test(self, split=None):
+    def test(self, split=None) -> float:
         return TrainerX.test(self, split)  # a host's own asks its model
 
     def _remember(self):

@@ -3,6 +3,7 @@
 import warnings
 from contextlib import contextmanager
 from copy import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -110,18 +111,20 @@ class SpotlighterWrapper(Pretrained, nn.Module):
         """The plug-in's state alone: mapping, bank and memory with class names. The host's is ``host.state_dict()``."""
         return self.plugin.state_dict(*args, **kwargs)
 
-    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False) -> Any:
         return self.plugin.load_state_dict(state_dict, strict, assign)
 
     def prepare(self) -> None:
-        """Encode texts and fold weights now and not in the first batch: before ``torch.compile``, in evaluation mode."""
+        """Encode texts and fold weights now, not in the first batch: before ``torch.compile``, in evaluation mode."""
         self._begin(self._adapter(), torch.empty(0, device=self.adapter.layout.device))
 
     def refresh(self) -> None:
         """Forget kept texts; needed only where they change by other means than the host's parameters."""
         self.plugin.forget_constants()
 
-    def forward(self, images: Tensor, labels: Tensor | None = None, extras: dict | None = None):
+    def forward(
+        self, images: Tensor, labels: Tensor | None = None, extras: dict | None = None
+    ) -> Tensor | dict[str, Tensor]:
         adapter = self._adapter()
         if labels is not None and adapter.gives_logits:
             raise ValueError(

@@ -122,3 +122,13 @@ def test_help_lists_every_command_that_a_module_has():
     for name, (module, text) in cli.COMMANDS.items():
         assert importlib.import_module(f"spotlighter_plugin.{module}").app
         assert text.endswith("."), name
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_public_functions_say_what_they_return(path):
+    def silent(node):
+        for each in ast.iter_child_nodes(node):
+            if isinstance(each, (ast.ClassDef, ast.FunctionDef)) and not each.name.startswith("_"):
+                yield from silent(each) if isinstance(each, ast.ClassDef) else [each.name] * (each.returns is None)
+
+    assert list(silent(ast.parse(path.read_text(encoding="utf-8")))) == []

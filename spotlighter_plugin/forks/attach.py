@@ -304,7 +304,7 @@ def command(
     trainer: Annotated[str | None, typer.Option(help="the fork's trainer; by default the youngest host known")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done, and do nothing")] = False,
     detach: Annotated[bool, typer.Option("--detach", help="undo it, for all trainers")] = False,
-):
+) -> None:
     """Put Spotlighter into a fork: its trainer, its configuration, and a few lines in the fork's train.py."""
     if detach:
         host, (changes, left) = hosts_in(folder)[0], plan_detach(folder)

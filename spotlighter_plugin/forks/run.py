@@ -61,7 +61,7 @@ def _add_options():
     dassl_config.get_cfg_default, dassl_config.clean_cfg = get_cfg_default, clean_cfg
 
 
-def offer_trainers(makes: bool = True):
+def offer_trainers(makes: bool = True) -> None:
     """Let Dassl's registry have XSpotlighter for every trainer X, made when it is asked for.
 
     Where the script is asked for a generic XSpotlighter, it is told X, which its own code may look at, and given ours.
@@ -128,7 +128,7 @@ def command(
     no_check: Annotated[
         bool, typer.Option("--no-check", help="attach without the check that it changes nothing")
     ] = False,
-):
+) -> None:
     """Run a fork's train.py with Spotlighter's trainers at hand, without a change to the fork."""
     # in an interpreter of its own: this one may hold another `clip` than the fork's
     env = {**os.environ, NO_CHECK: "1"} if no_check else None

@@ -12,7 +12,7 @@ from .. import compat
 
 
 @compat.once
-def stay_on_cpu():
+def stay_on_cpu() -> None:
     """The forks call `.cuda()` whatever the machine has (CLIPFit before it trains, PromptKD on its teacher), and build
     CLIP in half precision whatever PREC says (PromptKD's projection, MaPLe's). Without a GPU both are left out, as
     `clip.load` does on a CPU: everything stays there, in float32."""
@@ -23,7 +23,7 @@ def stay_on_cpu():
 
 
 @compat.once
-def silence_old_amp():
+def silence_old_amp() -> None:
     """torch.cuda.amp's GradScaler and autocast still work, with a FutureWarning on every batch under PREC amp."""
     warnings.filterwarnings("ignore", message=r"`torch\.cuda\.amp\.", category=FutureWarning)
 

@@ -1,5 +1,7 @@
 """OpenAI's CLIP: what `clip.load` gives, with class names in a hand-written prompt."""
 
+from collections.abc import Callable
+
 from torch import nn
 
 from ..towers.clip import tokenize
@@ -16,7 +18,7 @@ class CLIPModelAdapter(CLIPAdapter):
         return all(hasattr(model, part) for part in parts) and not hasattr(model, "lock_image_tower")
 
     @staticmethod
-    def find_tokenizer(model):
+    def find_tokenizer(model) -> Callable:
         return tokenize
 
     @property

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from torch import nn
+from torch import Tensor, nn
 
 from .base import CLIPAdapter
 
@@ -44,11 +44,11 @@ class OpenCLIPAdapter(CLIPAdapter):
         return image_transform_v2(PreprocessCfg(**settings), is_train=False)
 
     @property
-    def logit_bias(self):
+    def logit_bias(self) -> Tensor | float:
         bias = getattr(self.model, "logit_bias", None)
         return 0.0 if bias is None else bias
 
-    def encode_image(self, images):
+    def encode_image(self, images) -> Tensor:
         return self.model.encode_image(images.to(self.layout.dtype))
 
 

@@ -60,7 +60,7 @@ class TransformersAdapter(CLIPAdapter):
         return lambda picture: own(images=picture.convert("RGB"), return_tensors="pt")["pixel_values"][0]
 
     @property
-    def logit_bias(self):
+    def logit_bias(self) -> Tensor | float:
         return getattr(self.model, "logit_bias", 0.0)
 
     def encode_tokens(self, ids: Tensor) -> Tensor:

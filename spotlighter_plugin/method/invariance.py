@@ -3,6 +3,7 @@
 A hooked tower and an adapter come in; by how much the logits differ goes out. The host is left as it was.
 """
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -58,7 +59,7 @@ def check_invariance(stream: TokenStream, adapter, kept: list[int]) -> float:
 
 
 @contextmanager
-def undisturbed(model: nn.Module):
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode for a while; afterwards every module's attributes are what they were."""
     before = [(module, dict(vars(module))) for module in model.modules()]
     for module, _ in before:

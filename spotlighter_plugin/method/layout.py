@@ -189,10 +189,10 @@ class Layout:
 class MeanLayout(Layout):
     """A vision transformer whose patch tokens' mean is the image; a CLS, if there is one, is looked past."""
 
-    def summary(self, hidden):
+    def summary(self, hidden) -> Tensor:
         return hidden[self.n_lead :].mean(0)
 
-    def state(self, output):
+    def state(self, output) -> Tensor:
         if getattr(self.vision, "final_ln_after_pool", False):
             return super().state(output)
         return self.summary(_normalised(self.norm, output))
@@ -206,17 +206,17 @@ class PooledLayout(Layout):
         self.pool = _first(vision, _POOL)
         self.pooling = Attention(_first(self.pool, ("attention",)) or self.pool)
 
-    def gaze(self, block):
+    def gaze(self, block) -> "Gaze":
         query = _first(self.pool, _QUERY)[0].squeeze(0)  # (w,)
         return Gaze(self.norm, self.pooling, lambda plain: query.to(plain.dtype).expand(plain.shape[1], -1), False)
 
-    def summary(self, hidden):
+    def summary(self, hidden) -> Tensor:
         return hidden.mean(0)
 
-    def state(self, output):
+    def state(self, output) -> Tensor:
         return self.pool(_normalised(self.norm, output).transpose(0, 1))
 
-    def read_out(self, hidden):
+    def read_out(self, hidden) -> Tensor:
         """π: each hidden state (…, w) as if the query saw it alone: (…, d)."""
         return self.image(hidden.reshape(1, -1, self.width)).unflatten(0, hidden.shape[:-1])
 

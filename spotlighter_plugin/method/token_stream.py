@@ -5,6 +5,7 @@ A ``TokenStream`` says where, and knows nothing of any batch; a ``Pass`` is one 
 
 import inspect
 import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -64,7 +65,7 @@ class TokenStream:
         self._handles, self.is_attached = [], False
 
     @contextmanager
-    def selecting(self, *choices, layout: Layout | None = None):
+    def selecting(self, *choices, layout: Layout | None = None) -> Iterator["Pass"]:
         """Let ``choice(tower: Pass, hidden (1+n+M, B, w)) -> (S, B, w)``, one per block, replace what enters it.
 
         Args:

@@ -36,7 +36,7 @@ def command(
     json_file: Annotated[Path | None, typer.Option("--json", help="write the records there")] = None,
     results: Annotated[Path | None, typer.Option(help="finished rows (default: results/evidence_HOST.npz)")] = None,
     root: Annotated[str, typer.Option(help="folder of the data sets")] = "data",
-):
+) -> None:
     """Print the table of evidence: a host, its controls and Spotlighter, base and new, apart and in one label space.
 
     Finished rows are kept in one file, so a killed command goes on where it was.

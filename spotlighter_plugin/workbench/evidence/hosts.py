@@ -120,7 +120,7 @@ class OnTask:
     task: Task
     view: View
 
-    def build_data_loader(self):
+    def build_data_loader(self) -> None:
         task, loaders = self.task, self.cfg.DATALOADER
         self.train_items, held_out = _items(task.shots, task.names), _items(task.held_out, task.names)
         self.train_loader_x = CachedLoader(self.view, self.train_items, loaders.TRAIN_X.BATCH_SIZE, True)
@@ -134,10 +134,10 @@ class OnTask:
         )  # fmt: skip
         self.dm = SimpleNamespace(dataset=data, num_classes=task.known)
 
-    def shot_loader(self):
+    def shot_loader(self) -> CachedLoader:
         return CachedLoader(self.view, self.train_items, self.cfg.DATALOADER.TEST.BATCH_SIZE, is_train=False)
 
-    def build_model(self):
+    def build_model(self) -> None:
         super().build_model()
         self.view.start(self.model)
 
@@ -147,11 +147,11 @@ class TextRegularised:
 
     weight: float
 
-    def before_train(self):
+    def before_train(self) -> None:
         self.reference = hand_written_texts(self.cfg, self.dm.dataset.classnames, self.device)  # t⁰ (C, d)
         super().before_train()
 
-    def objective(self, images, labels):
+    def objective(self, images, labels) -> tuple[Tensor, dict]:
         loss, summary = super().objective(images, labels)
         return loss + self.weight * text_regularisation(self.model.text_features(), self.reference), summary
 

@@ -359,7 +359,7 @@ def command(
     ] = "",
     json_file: Annotated[Path | None, typer.Option("--json", help="write the records")] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="speed against kept tokens, .png or .svg")] = None,
-):
+) -> None:
     """Time a host with and without Spotlighter, in turn, on random weights of the true architecture."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     given = {"host": host, "backbone": backbone, "batch_size": batch_size, "classes": classes, "preset": preset}

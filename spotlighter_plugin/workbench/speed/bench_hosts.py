@@ -71,7 +71,9 @@ def shape_of(name: str) -> Shape:
     return shape
 
 
-def build_host(host: str, shape: Shape, classes: int, dtype: str = "fp32", device="cpu", teacher: Shape | None = None):
+def build_host(
+    host: str, shape: Shape, classes: int, dtype: str = "fp32", device="cpu", teacher: Shape | None = None
+) -> nn.Module:
     """A host's model as its trainer makes it: random weights, evaluation mode, requires_grad as in training.
 
     classes: C. dtype: fp32, fp16 (as OpenAI casts: LayerNorm and embeddings stay float32), or bf16 in fp16's place.

@@ -12,7 +12,7 @@ from contextlib import redirect_stderr, redirect_stdout
 import torch
 from clip.model import VisionTransformer
 from dassl.data.transforms import build_transform
-from dassl.engine import TRAINER_REGISTRY
+from dassl.engine import TRAINER_REGISTRY, TrainerBase
 from rich.progress import track
 from torch import Tensor, nn
 
@@ -118,18 +118,18 @@ class CachedTower:
     states: HiddenStates
     thin = 1  # every thin-th test image is looked at
 
-    def build_data_loader(self):
+    def build_data_loader(self) -> None:
         super().build_data_loader()
         dm, loaders = self.dm, self.cfg.DATALOADER
         self.train_loader_x = CachedLoader(self.states, dm.dataset.train_x, loaders.TRAIN_X.BATCH_SIZE, True)
         self.val_loader = CachedLoader(self.states, dm.dataset.val, loaders.TEST.BATCH_SIZE, False)
         self.test_loader = CachedLoader(self.states, dm.dataset.test[:: self.thin], loaders.TEST.BATCH_SIZE, False)
 
-    def shot_loader(self):
+    def shot_loader(self) -> CachedLoader:
         size = self.cfg.DATALOADER.TEST.BATCH_SIZE
         return CachedLoader(self.states, self.dm.dataset.train_x, size, is_train=False)
 
-    def build_model(self):
+    def build_model(self) -> None:
         super().build_model()
         model = getattr(self, "model", None) or self.clip_model  # zero-shot CLIP has no model of its own
         vision = next(module for module in model.modules() if isinstance(module, VisionTransformer))
@@ -164,7 +164,7 @@ class CachedRuns:
                 return 1
         return 0
 
-    def build(self, cfg):
+    def build(self, cfg) -> TrainerBase:
         """The trainer of a configuration, on cached states."""
         config = from_cfg(cfg)
         merges = config.share or config.merge

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,6 +15,9 @@ from torch.utils.data import DataLoader, Subset
 
 from .settings import import_trainers_and_datasets, parse, setup_cfg
 from .train import set_random_seed
+
+if TYPE_CHECKING:
+    from dassl.engine import TrainerBase
 
 
 @dataclass
@@ -102,7 +106,7 @@ class Laboratory:
         parameters = sum(p.numel() for model in models for p in model.parameters() if p.requires_grad)
         return Outcome(correct, parameters, time.time() - started)
 
-    def trainer(self, method: Method, seed: int, classes: str, folder: str):
+    def trainer(self, method: Method, seed: int, classes: str, folder: str) -> "TrainerBase":
         """The method's trainer on cached states, ready to train or to load."""
         from dassl.engine import TRAINER_REGISTRY
 
