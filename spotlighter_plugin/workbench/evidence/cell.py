@@ -70,7 +70,7 @@ class Cell:
     ):
         self.kind, self.dataset, self.seed, self.root = kind, dataset, seed, root
         self.task, self.tower, self.folder, self.first = task, tower, folder, first or self
-        self._texts, self._filed = {}, {}
+        self._texts, self._filed, self._means = {}, {}, {}
 
     @cached_property
     def mini(self) -> Task:
@@ -129,6 +129,14 @@ class Cell:
         test = self.mini.test
         result = figures(fitted.answers(test, self.tower), Exam(test.labels.numpy(), self.mini.known))
         return result["hm"], result["one_space_hm"]
+
+    def means_of(self, name: str) -> list[tuple[float, float]]:
+        """``means`` of a head at each setting of its grid."""
+        if name not in self._means:
+            small, texts = self.host[1], self.texts(self.host[1], self.mini)
+            fits = (self.head_on(small, self.mini, name, setting, texts) for setting in heads.HEADS[name].grid)
+            self._means[name] = [self.means(fit) for fit in fits]
+        return self._means[name]
 
     @cached_property
     def host(self) -> tuple[dict, Host, Host]:

@@ -90,10 +90,8 @@ def _host(cell: Cell) -> Made:
 
 def _tuned_head(name: str, suffix: str):
     def make(cell: Cell) -> Made:
-        _, small, host = cell.host
-        texts, head = cell.texts(small, cell.mini), heads.HEADS[name]
-        which = 1 if suffix == OPEN else 0
-        means = [cell.means(cell.head_on(small, cell.mini, name, setting, texts))[which] for setting in head.grid]
+        host, head = cell.host[2], heads.HEADS[name]
+        means = [mean[1 if suffix == OPEN else 0] for mean in cell.means_of(name)]
         best = head.grid[means.index(max(means))]
         fitted = cell.head_on(host, cell.task, name, best)
         trained = sum(v.numel() for v in fitted.state.values()) if name in ("text residual", PROBE) else 0
