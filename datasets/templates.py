@@ -1,5 +1,7 @@
 """The hand-written prompt of each data set (Table IX), by the name under which the data set is registered."""
 
+from spotlighter_plugin.towers.templates import GENERAL
+
 PLAIN = "a photo of a {}."
 ICON_SCENES = [f"IconScenes{domain}" for domain in ("", "Inverted", "Colour", "Pixel", "Dark")]
 
@@ -22,11 +24,7 @@ TEMPLATES = {
     **dict.fromkeys(ICON_SCENES, PLAIN),
 }
 
-# Ways to say it, for ensembles of texts: seven of those that OpenAI gives for CLIP. Data sets may have their own.
-GENERAL = (
-    "itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.", "a {} in a video game.",
-    "art of the {}.", "a photo of the small {}.",
-)  # fmt: skip
+# Data sets may have templates of their own; others take those that OpenAI gives for CLIP.
 ICONS = (
     "a photo of a {}.", "a picture of a {}.", "a drawing of a {}.", "a image of a {}.", "a photo of a medium {}.",
     "a drawing of a large outline {}.", "a picture of a small solid {}.", "a photo of a {} in the middle.",

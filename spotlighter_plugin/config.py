@@ -36,7 +36,6 @@ PRESETS = {
         "merge": 0,
         "share": 0.0,
         "fuse_dropped": False,
-        "match_tokens": 8,
     },
     "default": {
         "top_k": 48,
@@ -59,10 +58,9 @@ PRESETS = {
         "merge": 0,
         "share": 0.0,
         "fuse_dropped": True,
-        "match_tokens": 12,
     },
 }
-PRESETS["fast"] = PRESETS["default"] | {"top_k": 32, "select_block": 4, "stages": (), "match_tokens": 8}
+GONE = {"fast": "set PRESET default with SELECT_BLOCK 4 and TOP_K 32"}  # presets of version 0.1
 
 
 @dataclass
@@ -74,7 +72,7 @@ class SpotlighterConfig:
     """
 
     preset: str = "default"
-    """``paper`` (the paper's reading of every step), ``default`` or ``fast``."""
+    """``paper`` (the paper's reading of every step) or ``default``."""
     top_k: int | None = None
     """k, tokens kept per image; at least 2, at most the tower's tokens."""
     prototypes: int | None = None
@@ -104,8 +102,8 @@ class SpotlighterConfig:
     prototypes_in: str | None = None
     """Where the refined prototypes Û enter, Eq. 10: ``sequence``, ``readout`` or ``none``."""
     prototype_logits: bool | None = None
-    """Add to the logits of known classes the match with their remembered training images, weighed on held-out images
-    (``SpotlighterWrapper.remember``, ``calibrate``)."""
+    """Add what the memory of the classes' training images says, weighed by classes and shots left out
+    (``SpotlighterWrapper.remember``)."""
     losses: tuple[str, ...] | None = None
     """Auxiliary losses of Eq. 15 in use: names among ``LOSSES``; L_cls is always there. ``gra`` is ``gra_low``, level 2
     alone, and ``gra_high``, level 1 alone."""
@@ -123,16 +121,16 @@ class SpotlighterConfig:
     ``top_k``, ``stages`` and ``merge``, which are None then. 0: these say."""
     fuse_dropped: bool | None = None
     """Let the tokens that a cut drops go on as one, their mean weighted by their scores."""
-    match_tokens: int | None = None
-    """m ≥ 0, how many of an image's best tokens ``prototype_logits`` matches, each beside CLS; 0: CLS alone."""
     match_shots: int = 16
-    """V, how many training images per class it remembers."""
+    """V, from how many training images of a class it learns."""
     lr_multiplier: float = 1.0
     """Learning rate of the plug-in's parameters as a multiple of the host's."""
     seed: int = 0
     """Seed of ``activation: random``."""
 
     def __post_init__(self):
+        if self.preset in tuple(GONE):
+            raise ValueError(f"{_option('preset')} = {self.preset!r} is gone: {GONE[self.preset]}")
         _one_of("preset", self.preset, tuple(PRESETS))
         self._given = {field.name for field in fields(self) if getattr(self, field.name) != field.default}
         placing = [name for name in PLACING if getattr(self, name) is not None]
@@ -164,11 +162,10 @@ class SpotlighterConfig:
             ("lambda2", 0, 10**6),
             ("lambda3", 0, 10**6),
             ("merge", 0, MOST),
-            ("match_tokens", 0, MOST),
             ("match_shots", 1, MOST),
             ("lr_multiplier", 0, 10**6),
         ):
-            whole = name in ("top_k", "prototypes", "select_block", "merge", "match_tokens", "match_shots", "seed")
+            whole = name in ("top_k", "prototypes", "select_block", "merge", "match_shots", "seed")
             _number(name, getattr(self, name), low, high, whole)
         _number("share", self.share, 0, 1, False)
         self.stages = _stages(self.stages, self.top_k)
@@ -196,7 +193,6 @@ class SpotlighterConfig:
             "lambda2": "reg_text" in losses,
             "lambda3": not losses.isdisjoint(("kl_visual", "local")),
             "recalculate": self.semantic_activation,
-            "match_tokens": self.prototype_logits,
             "match_shots": self.prototype_logits,
             "seed": self.activation == "random",
         }

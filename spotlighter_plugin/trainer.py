@@ -4,7 +4,7 @@ import os
 import os.path as osp
 import random
 import warnings
-from collections import defaultdict
+from functools import cache
 from importlib import import_module
 
 import torch
@@ -19,8 +19,8 @@ from .config import from_cfg
 from .hosts.base import HostAdapter
 from .hosts.generic import GenericAdapter
 from .method.invariance import undisturbed
-from .method.memory import SAY
 from .towers.clip import encode_prompts, load_clip, mixed_precision
+from .towers.templates import GENERAL
 from .wrapper import SpotlighterWrapper
 
 NO_CHECK = "SPOTLIGHTER_NO_CHECK"  # an environment variable: attach without the check that it changes nothing
@@ -57,6 +57,8 @@ class SpotlighterTrainerMixin:
             adapter = self.make_adapter(host, class_names)
             wrapper = SpotlighterWrapper(host, from_cfg(self.cfg), adapter, class_names, check)
         print(*(f"Note: {each.message}\n" for each in said), sep="", end="")
+        if self.adapter.hand_written_text:
+            adapter.set_templates(cache(lambda: template_texts(self.cfg, class_names, self.device)))
         if wrapper.invariance is not None:
             print(f"With every token kept the host's logits differ by {wrapper.invariance:.1e} of their scale")
         return wrapper.to(self.device)
@@ -105,7 +107,7 @@ class SpotlighterTrainerMixin:
     def after_epoch(self) -> None:
         test = self.cfg.TEST
         if test.FINAL_MODEL == "best_val" and not test.NO_TEST:
-            self._remember()  # the match counts where models are compared
+            self._remember()  # the memory counts where models are compared
             self.is_remembered = True
         super().after_epoch()
         self.is_remembered = False
@@ -133,7 +135,7 @@ class SpotlighterTrainerMixin:
             raise FileNotFoundError(f'Model not found at "{path}": set --model-dir and --load-epoch')
         checkpoint = load_checkpoint(path)
         plugin.load_state_dict(checkpoint["state_dict"])
-        if plugin.memory is not None and not plugin.memory.filled.any():
+        if plugin.memory is not None and not plugin.memory.is_ready:
             print(f"Note: {path} was saved to go on from, in the middle of training: it remembers no shots")
         print(f'Loaded {self.folder} from "{path}" (epoch = {checkpoint["epoch"]})')
 
@@ -152,54 +154,15 @@ class SpotlighterTrainerMixin:
         return build_data_loader(self.cfg, "SequentialSampler", shots, size, tfm=transform, is_train=False)
 
     def _remember(self):
-        """Write the shots down and weigh the match with them on held-out images; the checkpoint holds both.
-
-        Held out is the validation split. Where there is none, or a data set lends its test images as one, every second
-        shot of a class weighs the match with the others, before all are written down. A host that guesses its shots'
-        labels was trained to say the same of them, so there the match is given a share of what the texts say.
-        """
+        """Let the memory learn from the shots and weigh itself; the checkpoint holds what came of it."""
         if not self.spotlighter.config.prototype_logits:
             return
         with torch.random.fork_rng(), mixed_precision(self.device, self._precision()):
-            shots = self._filed_shots()
-            if self._has_validation():
-                held_out = "validation split"
-                count = self.spotlighter.remember(shots())
-                right = self.spotlighter.calibrate(map(self.parse_batch_test, self.val_loader))
-            else:
-                held_out = "held-out shots (there is no validation split)"
-                self.spotlighter.remember(_every_second(shots(), 0))
-                rest = _every_second(shots(), 1)
-                if self.spotlighter.adapter.guesses_labels:
-                    rest = ((images, None) for images, _ in rest)
-                right = self.spotlighter.calibrate(rest)
-                count = self.spotlighter.remember(shots())
-        weight = self.spotlighter.plugin.memory.weight.item()
-        if right is not None:
-            print(f"Match with {count} shots: weight {weight:.3g}, {100 * right:.1f} % of the {held_out} right")
-        elif weight:
-            print(f"Match with {count} shots: weight {weight:.3g}, {SAY:.0%} of what the texts say of the {held_out}")
-        else:
-            print(f"Match with {count} shots: weight 0, it is left out: there are no {held_out} to weigh it on")
-
-    def _filed_shots(self):
-        """A function that goes through the shots, with the classes that the host files them under, found out once."""
-        classes = []
-
-        def shots():
-            for i, (images, labels) in enumerate(map(self.parse_batch_test, self.shot_loader())):
-                if i == len(classes):
-                    classes.append(self.spotlighter.adapter.assignment_labels(images, labels))
-                yield images, classes[i]
-
-        return shots
-
-    def _has_validation(self):
-        """Whether there are validation images that are no test images; parts `inner-…` are for choosing, and share."""
-        if self.val_loader is None or self.cfg.DATASET.get("SUBSAMPLE_CLASSES", "all").startswith("inner"):
-            return self.val_loader is not None
-        tested = {item.impath for item in self.dm.dataset.test}
-        return not any(item.impath in tested for item in self.dm.dataset.val)
+            file = self.spotlighter.adapter.assignment_labels
+            batches = map(self.parse_batch_test, self.shot_loader())
+            count = self.spotlighter.remember((images, file(images, labels)) for images, labels in batches)
+        if count:
+            print(f"Memory of {count} shots: {self.spotlighter.plugin.memory.choice.describe()}")
 
     def _precision(self):
         """The host's PREC: fp16, fp32 or amp."""
@@ -264,24 +227,25 @@ class SpotlighterAttachedMixin(SpotlighterTrainerMixin):
         return "fp32"  # the host's own forward sees to its own
 
 
-def _every_second(batches, which):
-    """Of pairs of images and labels every second image of a class: ``which`` = 0 the first, third …, 1 the others."""
-    seen = defaultdict(int)
-    for images, labels in batches:
-        mine = []
-        for label in labels.tolist():
-            mine.append(seen[label] % 2 == which)
-            seen[label] += 1
-        if any(mine):
-            mine = torch.tensor(mine, device=images.device)
-            yield images[mine], labels[mine]
-
-
 def hand_written_texts(cfg, class_names: list[str], device: torch.device) -> torch.Tensor:
     """The frozen CLIP's embeddings t⁰ of the data set's hand-written prompts, normalized: (C, d)."""
-    template = _hand_written_prompt(cfg.DATASET.NAME)
-    texts = [template.format(name.replace("_", " ")) for name in class_names]
-    return encode_prompts(load_clip(cfg.MODEL.BACKBONE.NAME).to(device), texts)
+    clip_model = load_clip(cfg.MODEL.BACKBONE.NAME).to(device)
+    return _encode(clip_model, _hand_written_prompt(cfg.DATASET.NAME), class_names)
+
+
+def template_texts(cfg, class_names: list[str], device: torch.device) -> torch.Tensor:
+    """The mean over the data set's ensemble of templates, through the frozen CLIP, normalized: (C, d)."""
+    try:
+        templates = import_module("datasets.templates").ensemble(cfg.DATASET.NAME)
+    except (ImportError, AttributeError):  # in a fork
+        templates = (_hand_written_prompt(cfg.DATASET.NAME), *GENERAL)
+    clip_model = load_clip(cfg.MODEL.BACKBONE.NAME).to(device)
+    total = sum(_encode(clip_model, template, class_names) for template in templates)
+    return torch.nn.functional.normalize(total, dim=-1)
+
+
+def _encode(clip_model, template: str, class_names: list[str]) -> torch.Tensor:
+    return encode_prompts(clip_model, [template.format(name.replace("_", " ")) for name in class_names])  # (C, d)
 
 
 def _hand_written_prompt(dataset: str) -> str:

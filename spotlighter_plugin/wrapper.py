@@ -59,15 +59,14 @@ class SpotlighterWrapper(Pretrained, nn.Module):
         if self.adapter.gives_logits and config.mapping != "none":
             raise ValueError(
                 f"TRAINER.SPOTLIGHTER.MAPPING = {config.mapping!r}: {type(host_model).__name__} keeps its own logits, "
-                "which a mapping would replace; take PRESET default or fast"
+                "which a mapping would replace; take PRESET default"
             )
         layout = self.adapter.layout
         self.steps = config.steps(layout.tower(self.adapter.dim))
         self.host = host_model
         merges = any(step.merges for step in self.steps)
         self.stream = TokenStream(layout, *(step.block for step in self.steps), weighs=merges)
-        described = next(step.kept for step in self.steps if not step.merges)  # where the first are cut
-        self.plugin = Plugin(config, self.class_names, described, layout.width, self.adapter.dim, layout.heads)
+        self.plugin = Plugin(config, self.class_names, layout.width, self.adapter.dim, layout.heads)
         self.plugin.to(layout.device).train(host_model.training)
         self.invariance: float | None = None
         """By how much the host's logits changed, relative to their scale, when every token was kept; if checked."""
@@ -116,7 +115,7 @@ class SpotlighterWrapper(Pretrained, nn.Module):
 
     def prepare(self) -> None:
         """Encode texts and fold weights now, not in the first batch: before ``torch.compile``, in evaluation mode."""
-        self._begin(self._adapter(), torch.empty(0, device=self.adapter.layout.device))
+        self._begin(self._adapter(), torch.empty(0, device=self.adapter.layout.device))[1].recollection()
 
     def refresh(self) -> None:
         """Forget kept texts; needed only where they change by other means than the host's parameters."""
@@ -152,62 +151,38 @@ class SpotlighterWrapper(Pretrained, nn.Module):
     @torch.inference_mode(False)
     @torch.no_grad()
     def remember(self, batches) -> int:
-        """Write the training images into the memory, as the trained model sees them, in place of what was there.
+        """Learn from the training images what the classes look like, as the trained model sees them, and weigh it by
+        classes and shots left out, in place of what was there. ``plugin.memory.choice`` says what came of it.
 
         Args:
             batches: pairs of images (B, 3, h, w) and the classes (B,) to file them under; of a class the first
                 ``match_shots`` are taken.
 
         Returns:
-            The number of images remembered; 0 if nothing is matched.
+            The number of images learned from; 0 without a memory.
         """
-        memory, limit = self.plugin.memory, self.config.match_shots
+        memory, limit, adapter = self.plugin.memory, self.config.match_shots, self._adapter()
         if memory is None:
             return 0
-        device, adapter = memory.keys.device, self._adapter()
+        device = memory.centre.device
         seen = torch.zeros(len(self.class_names), dtype=torch.long, device=device)
-        described, rows = [], []
+        embeddings, rows, own = [], [], []
         with self._evaluating():
             for images, labels in batches:
                 images, labels = images.to(device), labels.to(device)
                 new = place_in_class(labels) + seen[labels] < limit
                 if new.any():
                     batch = self._begin(adapter, images[new])[1]
-                    batch.describes = True
-                    self._encode(adapter, batch)
-                    described.append(batch.described)
+                    embeddings.append(F.normalize(self._encode(adapter, batch), dim=-1))
                     rows.append(labels[new])
+                    own.append(batch.own_logits)
                     seen += labels[new].bincount(minlength=len(seen))
-        if rows:
-            memory.remember(torch.cat(described), torch.cat(rows))
+            if rows:
+                own = torch.cat(own).float() if adapter.gives_logits else None
+                texts = batch.text, adapter.templates(), batch.scale.item()
+                memory.remember(torch.cat(embeddings), torch.cat(rows), *texts, own, not adapter.guesses_labels)
+                self.refresh()
         return sum(map(len, rows))
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def calibrate(self, batches) -> float | None:
-        """Weigh the match with the memory on held-out images of its classes, never on the remembered ones.
-
-        Args:
-            batches: pairs of images (B, 3, h, w) and labels (B,), or None for all labels: without them the match is
-                given a share of what the texts say (``memory.unjudged``).
-
-        Returns:
-            The share of these images that the calibrated model gets right; None without labels, or if there is nothing
-            to match.
-        """
-        memory, adapter = self.plugin.memory, self._adapter()
-        if memory is None or not memory.is_ready:
-            return None
-
-        def seen():
-            for images, labels in batches:
-                batch = self._begin(adapter, images.to(memory.keys.device))[1]
-                image, batch.describes = self._encode(adapter, batch), False
-                labels = None if labels is None else labels.to(image.device)
-                yield batch.logits(image, batch.tokens), batch.described, labels
-
-        with self._evaluating():
-            return memory.calibrate(seen())
 
     @contextmanager
     def _evaluating(self):
@@ -251,12 +226,13 @@ class SpotlighterWrapper(Pretrained, nn.Module):
         parts = adapter.layout, adapter.project, constant, self.steps, gazes
         batch = Selector(self.config, plugin, *parts, images, text, scale)
         batch.bias = adapter.logit_bias
-        batch.describes = memory is not None and memory.is_ready
+        batch.recalls = memory is not None and memory.is_ready
+        batch.templates = adapter.templates
         if labels is not None:
             batch.wants = frozenset(name for name in self.config.losses if self.config.weight_of(name) > 0)
             classes = adapter.assignment_labels(images, labels)  # (B,)
             batch.rows = classes if plugin.bank is None else plugin.bank.rows[classes]
-            batch.describes = batch.describes and not plugin.training  # the memory holds these very images
+            batch.recalls = batch.recalls and not plugin.training  # the memory has seen these very images
         return raw_text, batch
 
     def _encode(self, adapter, batch: Selector) -> Tensor:

@@ -17,7 +17,7 @@ from spotlighter_plugin.trainer import SpotlighterAttachedMixin
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = (
     *("TRAINER.PROMPTSRC.PREC", "fp32", "TRAINER.PROMPTSRC.GPA_MEAN", 1, "OPTIM.MAX_EPOCH", 2),
-    *("TRAINER.SPOTLIGHTER.TOP_K", 6, "TRAINER.SPOTLIGHTER.MATCH_TOKENS", 4),
+    *("TRAINER.SPOTLIGHTER.TOP_K", 6),
 )
 
 if "PromptSRCSpotlighter" not in TRAINER_REGISTRY.registered_names():
@@ -47,7 +47,7 @@ def test_the_result_is_cut_remembers_the_shots_and_is_loaded_with_its_memory(tmp
     trainer.train()
     said = capsys.readouterr().out
     assert "attached to PromptSRC, which is trained by its own step" in said and "With every token kept" in said
-    assert "Match with 24 shots" in said
+    assert "Memory of 24 shots" in said
     assert trainer.cfg.TRAINER.NAME == "PromptSRC"
     images = batch_of(trainer)["img"]
     trainer.set_model_mode("eval")
@@ -72,7 +72,7 @@ def test_with_every_token_and_nothing_remembered_its_logits_are_the_hosts(tmp_pa
 
 
 def test_a_mapping_that_would_have_to_be_trained_is_refused_in_one_line(tmp_path):
-    with pytest.raises(ValueError, match="take PRESET default or fast"):
+    with pytest.raises(ValueError, match="take PRESET default"):
         make_trainer(tmp_path, "PromptSRCSpotlighter", "promptsrc", "TRAINER.SPOTLIGHTER.PRESET", "paper")
 
 

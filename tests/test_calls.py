@@ -38,7 +38,6 @@ def test_sixteen_threads_on_one_wrapper_with_the_host_beside_it_get_what_one_alo
     wrapper = wrap(**options)
     train_a_little(wrapper)
     wrapper.remember(SHOTS)
-    wrapper.calibrate(SHOTS)
     batches = [some_images(1 + i % 4, seed=i) for i in range(14)]
     works = [lambda images=images: wrapper(images) for images in batches]
     works += [lambda images=images: wrapper.host(images) for images in batches[:2]]
@@ -101,13 +100,12 @@ def test_replicas_of_data_parallel_run_their_own_towers_and_do_not_meet(monkeypa
     wrapper = wrap(preset=preset)
     train_a_little(wrapper)
     wrapper.remember(SHOTS)
-    wrapper.calibrate(SHOTS)
     images = some_images()
     with torch.no_grad():
         expected = wrapper(images)
         first, second = replicas_of(wrapper, monkeypatch)
         block = second.host.image_encoder.transformer.resblocks[2]
-        block.mlp.c_proj.bias += 3.0  # of the copy alone
+        block.mlp.c_proj.bias[::2] += 3.0  # of the copy alone
         changed = second(images)
         assert not torch.allclose(changed, expected)
         works = [lambda: first(images), lambda: wrapper(images), lambda: second(images)]
@@ -180,7 +178,7 @@ def test_what_is_remembered_in_inference_mode_can_be_trained_with():
     wrapper = wrap(prototype_logits=True, losses=())
     with torch.inference_mode():
         images, labels = some_images(6, seed=30), torch.arange(6)
-        assert wrapper.remember([(images, labels)]) == 6 and wrapper.calibrate([(images, labels)]) is not None
+        assert wrapper.remember([(images, labels)]) == 6
     images = some_images().requires_grad_()
     wrapper.plugin.memory.weight.fill_(3.0)
     wrapper.eval()(images).sum().backward()

@@ -25,11 +25,17 @@ def test_every_preset_sets_the_same_options():
 
 def test_an_explicit_option_wins_over_the_preset_even_where_it_equals_the_default_preset():
     k = PRESETS["default"]["top_k"] + 1
-    cfg = tree("TRAINER.SPOTLIGHTER.PRESET", "fast", "TRAINER.SPOTLIGHTER.TOP_K", k)
+    cfg = tree("TRAINER.SPOTLIGHTER.PRESET", "paper", "TRAINER.SPOTLIGHTER.TOP_K", k)
     cfg.merge_from_list(["TRAINER.SPOTLIGHTER.SELECT_BLOCK", PRESETS["default"]["select_block"]])
     config = from_cfg(cfg)
     assert (config.top_k, config.select_block) == (k, PRESETS["default"]["select_block"])
-    assert config.mapping == PRESETS["fast"]["mapping"]
+    assert config.mapping == PRESETS["paper"]["mapping"]
+
+
+def test_the_preset_that_is_gone_is_answered_with_what_to_set():
+    with pytest.raises(ValueError, match="PRESET = 'fast' is gone: set PRESET default with") as error:
+        SpotlighterConfig(preset="fast")
+    assert "\n" not in str(error.value)
 
 
 def test_the_paper_preset_has_the_papers_numbers():

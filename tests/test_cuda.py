@@ -8,7 +8,7 @@ from hosts_kit import batch_of, make_trainer, train_teacher
 from random_clips import CLASS_NAMES, SIZE, random_clip
 
 from spotlighter_plugin import SpotlighterConfig, SpotlighterWrapper
-from spotlighter_plugin.method import memory as match
+from spotlighter_plugin.method.memory import ClassMemory
 from spotlighter_plugin.towers.clip import apply_precision
 from spotlighter_plugin.workbench.speed import bench
 from spotlighter_plugin.workbench.training.cached import CachedTower, HiddenStates
@@ -85,23 +85,23 @@ def test_half_precision_classifies_nearly_as_float32_does(mapping):
         wrapper = SpotlighterWrapper(host, config, class_names=CLASS_NAMES).eval()
         with torch.no_grad():
             wrapper.remember([(images[:6], torch.arange(6))])  # labels may lie elsewhere
-            wrapper.calibrate([(images[:6], torch.arange(6))])
             logits.append(wrapper(images))
     torch.testing.assert_close(logits[1], logits[0], atol=0.3, rtol=0.03)
 
 
-@pytest.mark.parametrize("at_once", [1, match.ON_GPU])
-def test_a_batch_is_matched_as_on_a_cpu_however_many_images_are_taken_at_once(monkeypatch, at_once):
-    monkeypatch.setattr(match, "ON_GPU", at_once)
-    rows, shots = torch.arange(20) % 5, torch.randn(20, 3, 16)  # 5 classes, 4 images of 3 tokens each
+def test_classes_are_learned_and_weighed_on_a_gpu_as_on_a_cpu():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.arange(80) % 5  # nothing of the sixth class
+    looks, texts = (torch.nn.functional.normalize(torch.randn(6, 16, generator=generator), dim=-1) for _ in range(2))
+    images = torch.nn.functional.normalize(looks[rows] + 0.3 * torch.randn(80, 16, generator=generator), dim=-1)
     found = []
     for device in ("cpu", DEVICE):
-        memory = match.ShotMemory(list("abcdef"), 3, 8).to(device)  # nothing of f
-        memory.remember(shots.to(device), rows.to(device))
-        queries = memory.look(shots[:7].to(device))
-        cosines, classes = match.resemblance(queries, memory.keys, memory.filled, memory.coarse)
-        found.append(match.votes(cosines, classes, 3.0, 6).cpu())
-    torch.testing.assert_close(found[1], found[0], atol=3e-3, rtol=3e-3)
+        memory = ClassMemory(list("abcdef"), 16).to(device)
+        memory.remember(images.to(device), rows.to(device), texts.to(device), None, 10.0)
+        evidence = memory.add_to(torch.zeros(80, 6, device=device), images.to(device), memory.evidence())
+        found.append((memory.choice.weight, evidence.cpu()))
+    assert found[0][0] == found[1][0]
+    torch.testing.assert_close(found[1][1], found[0][1], atol=1e-2, rtol=1e-2)
 
 
 def test_states_kept_of_frozen_blocks_give_what_whole_images_give(tmp_path):

@@ -6,6 +6,7 @@ from hosts_kit import batch_of, make_trainer, train_teacher
 
 from spotlighter_plugin.hosts import adapter_for
 from spotlighter_plugin.hosts.maple import MaPLeAdapter
+from spotlighter_plugin.method.memory import UNJUDGED
 
 S = "TRAINER.SPOTLIGHTER."
 OPTIONS = {
@@ -45,15 +46,14 @@ def test_promptkd_remembers_all_classes_by_the_teachers_labels_and_never_sees_a_
     trainer = make(tmp_path, "PromptKD", teacher, "TRAINER.MODAL", "base2novel", S + "MATCH_SHOTS", 24)
     trainer.model.adapter.teacher_logits = lambda images: torch.eye(6)[images.mean((2, 3)).argmax(1)]  # reddest, …
     trainer._remember()
-    filled = trainer.model.plugin.memory.filled.sum(1)  # (C,)
+    counts = trainer.model.plugin.memory.counts  # (C,)
     shots = torch.cat([images for images, _ in map(trainer.parse_batch_test, trainer.shot_loader())])
-    assert torch.equal(filled, shots.mean((2, 3)).argmax(1).bincount(minlength=6))  # labels would give 4 each
+    assert torch.equal(counts, shots.mean((2, 3)).argmax(1).bincount(minlength=6))  # labels would give 4 each
     trainer.val_loader = trainer.test_loader = None
-    trainer.model.plugin.memory.weight.zero_()
     capsys.readouterr()
-    trainer._remember()  # needs neither; the teacher's labels do not judge the match with what is filed under them
-    assert trainer.model.plugin.memory.weight > 0
-    assert "25% of what the texts say" in capsys.readouterr().out
+    trainer._remember()  # needs neither; the teacher's guesses do not judge what is filed under them
+    assert trainer.model.plugin.memory.weight == UNJUDGED
+    assert "guessed labels cannot judge it" in capsys.readouterr().out
 
 
 def test_promptkd_projects_tokens_as_it_projects_images(tmp_path, teacher):

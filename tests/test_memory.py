@@ -1,4 +1,4 @@
-"""The memory of shots: literal values, absent classes, the shortlist, and what calibration chooses."""
+"""The memory of classes: evidence against its literal definition, absent classes, and what weighing may choose."""
 
 import io
 import math
@@ -9,172 +9,155 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spotlighter_plugin.method import memory as match
+from spotlighter_plugin.method import memory
+from spotlighter_plugin.method.memory import ClassMemory, fit, folded, statistics, weigh
 
-NAMES, M, W = ["ant", "bee", "cat", "doe", "elk"], 3, 4
-ROWS = torch.tensor([3, 0, 0, 1, 3, 0, 4])  # nothing of "cat"
+NAMES, D = ["ant", "bee", "cat", "doe", "elk"], 4
+ROWS = torch.tensor([3, 0, 0, 1, 3, 0, 4, 4, 1, 1, 4])  # nothing of "cat"
 
 
 def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def described(n, m=M, seed=0):
-    return match.describe(random(n, m, W, seed=seed), random(n, W, seed=seed + 1))
+def unit(*shape, seed=0):
+    return F.normalize(random(*shape, seed=seed), dim=-1)
 
 
-def memory(m=M):
-    shots = match.ShotMemory(NAMES, m, W)
-    shots.remember(described(len(ROWS), m), ROWS)
-    return shots
+def images_of(centres, shots, noise, seed=0):
+    """Images around class centres (C, d): (C·shots, d) unit length, and their classes."""
+    rows = torch.arange(len(centres)).repeat_interleave(shots)
+    return F.normalize(centres[rows] + noise * random(len(rows), centres.shape[1], seed=seed), dim=-1), rows
 
 
-def unit(x):
-    x = x.double()
-    return x / x.norm()
+def remembered(rows=ROWS, names=NAMES, judged=True):
+    kept = ClassMemory(names, D)
+    texts = unit(len(names), D, seed=1), unit(len(names), D, seed=2)
+    kept.remember(unit(len(rows), D), rows, *texts, 20.0, judged=judged)
+    return kept
 
 
-@pytest.mark.parametrize("m", [0, M])
-def test_a_token_is_described_beside_its_images_cls_and_cls_alone_without_tokens(m):
-    tokens, cls = random(2, m, W), random(2, W, seed=1)
-    found = match.describe(tokens, cls)
-    assert found.shape == (2, max(m, 1), 2 * W if m else W)
-    for b in range(2):
-        for i in range(max(m, 1)):
-            literal = torch.cat([unit(tokens[b, i]), 0.5 * unit(cls[b])]) if m else unit(cls[b])
-            torch.testing.assert_close(found[b, i].double(), literal, atol=1e-6, rtol=1e-5)
+def log_normal(x, mean, variance):
+    each = zip(x, mean, variance, strict=True)
+    return sum(-0.5 * math.log(2 * math.pi * v) - (a - m) ** 2 / (2 * v) for a, m, v in each)
 
 
-def test_seen_through_the_view_differences_within_a_class_are_alike_in_every_direction():
-    scale = torch.tensor([5.0, 1.0, 0.2, 1.0])
-    rows = torch.arange(40).repeat_interleave(50)
-    x = random(40, 4, seed=2)[rows] + random(len(rows), 4, seed=3) * scale
-    centre, view = match.discriminating_view(x, rows)
-    torch.testing.assert_close(centre, x.mean(0))
-    seen = (x - centre) @ view
-    within = seen - torch.stack([seen[rows == c].mean(0) for c in range(40)])[rows]
-    spread = within.square().mean(0).sqrt()
-    plain = (scale.square() / (scale.square() + match.RIDGE * scale.square().mean())).sqrt()
-    torch.testing.assert_close(spread, plain, atol=0.05, rtol=0.05)
+def test_evidence_is_how_much_likelier_an_image_is_in_the_class_than_in_one_that_nobody_has_shown():
+    classes = fit(statistics(unit(len(ROWS), D), ROWS, len(NAMES)))
+    queries = unit(3, D, seed=5)
+    found = memory.evidence_of(queries, classes, *folded(classes))
+    for i, query in enumerate(queries.double()):
+        u = ((query - classes.centre.double()) @ classes.metric.double()).tolist()
+        for c, n in enumerate(classes.counts.tolist()):
+            spread = classes.spread.double().tolist()
+            mean = [n * s / (n * s + 1) * m for s, m in zip(spread, classes.means[c].double().tolist(), strict=True)]
+            shown = log_normal(u, mean, [1 + s / (n * s + 1) for s in spread])
+            expected = shown - log_normal(u, [0] * D, [1 + s for s in spread])
+            assert found[i, c].item() == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    assert found[:, NAMES.index("cat")].abs().max() < 1e-6
 
 
-def test_how_the_parts_of_an_image_differ_is_not_taken_for_how_images_of_a_class_do():
-    rows = torch.arange(20).repeat_interleave(30)
-    part = torch.tensor([[5.0, 0, 0, 0], [-5.0, 0, 0, 0]])  # of each image alike
-    noise = random(len(rows), 1, 4, seed=4) * torch.tensor([0.0, 5.0, 0.0, 1.0])  # of each image its own
-    shots = match.ShotMemory([str(c) for c in range(20)], 2, 2)
-    shots.remember(part + noise + random(20, 1, 4, seed=5)[rows], rows)
-    told_apart = shots.view.norm(dim=1)
-    assert told_apart[0] > 3 * told_apart[1]
+def test_in_the_metric_images_of_a_class_differ_alike_in_all_directions_and_means_are_uncorrelated():
+    images, rows = images_of(random(40, D), 30, 0.4)
+    shots = statistics(images, rows, 40)
+    literal = torch.zeros(D, D, dtype=torch.float64)
+    for c in range(40):
+        mine = images[rows == c].double()
+        literal += (mine - mine.mean(0)).T @ (mine - mine.mean(0))
+    assert torch.allclose(shots.within.double(), literal / (len(rows) - 40), atol=1e-6)
+    classes = fit(shots)
+    within = classes.metric.T @ shots.within @ classes.metric
+    assert (within - torch.eye(D)).abs().max() < 0.05  # all but the little that is shrunk
+    between = classes.means.T @ classes.means / 39
+    assert torch.allclose(between.diagonal() - 1 / 30, classes.spread, rtol=0.15)
+    assert (between - between.diagonal().diag()).abs().max() < 0.1 * between.max()
 
 
-@pytest.mark.parametrize("m", [0, M])
-def test_what_is_written_is_found_again_under_its_class_and_nowhere_else(m):
-    shots = memory(m)
-    keys = shots.look(described(len(ROWS), m))
-    for row, name in enumerate(NAMES):
-        own = [key for key, r in zip(keys, ROWS.tolist(), strict=True) if r == row]
-        assert shots.filled[row].sum() == len(own), name
-        for v, key in enumerate(own):
-            torch.testing.assert_close(shots.keys[row, v].float(), key, atol=1e-3, rtol=1e-3)
+def test_an_unfamiliar_image_gets_no_evidence_and_a_familiar_one_for_its_own_class():
+    centres = F.normalize(random(6, 32), dim=-1)
+    images, rows = images_of(centres[:4], 16, 0.1)
+    classes = fit(statistics(images, rows, 4))
+    queries, labels = images_of(centres, 8, 0.1, seed=3)
+    evidence = memory.evidence_of(queries, classes, *folded(classes))
+    known = labels < 4
+    assert (evidence[known].argmax(1) == labels[known]).all()
+    assert (evidence[known].amax(1) > 0).float().mean() > 0.9
+    assert (evidence[~known] < 0).all()
 
 
-@pytest.mark.parametrize("many", [len(NAMES) - 1, len(NAMES)])
-@pytest.mark.parametrize("chunk", [1, 2**22])
-@pytest.mark.parametrize("shortlist", [2, 32])
-def test_the_match_is_the_mean_vote_of_each_tokens_best_key_among_the_most_alike_classes(
-    monkeypatch, chunk, shortlist, many
-):
-    monkeypatch.setattr(match, "MANY", many)
-    monkeypatch.setattr(match, "ON_CPU", chunk)
-    monkeypatch.setattr(match, "SHORTLIST", shortlist)
-    shots = memory()
-    queries = shots.look(described(6, seed=5))
-    cosines, classes = match.resemblance(queries, shots.keys, shots.filled, shots.coarse)
-    found = match.votes(cosines, classes, 3.0, len(NAMES))
-    keys = shots.keys.double()
-    images = {c: [unit(keys[c, v].mean(0)) for v in range(n)] for c, n in enumerate(shots.filled.sum(1).tolist()) if n}
-    if many < len(NAMES):
-        images = {c: [unit(sum(own))] for c, own in images.items()}
-    for b, query in enumerate(queries.double()):
-        alike = {c: max(float(unit(query.mean(0)) @ image) for image in own) for c, own in images.items()}
-        listed = sorted(alike, key=alike.get, reverse=True)[:shortlist]
-        vote = {
-            c: sum(
-                math.exp(-3 * (1 - max(float(q @ k) for v in range(int(shots.filled[c].sum())) for k in keys[c, v])))
-                for q in query
-            )
-            / M
-            for c in listed
-        }
-        size = min(shortlist, len(NAMES))  # a class without images may be on the list; it votes nothing
-        mean = sum(vote.values()) / size
-        literal = torch.tensor([max(vote.get(c, 0.0) - mean, 0.0) for c in range(len(NAMES))])
-        torch.testing.assert_close(found[b], literal, atol=2e-3, rtol=1e-2)
+def test_classes_without_shots_keep_the_logits_of_their_texts():
+    kept = remembered()
+    logits, image = random(2, 5, seed=7), unit(2, D, seed=8)
+    kept.weight.fill_(0.3)
+    added = kept.add_to(logits, image, kept.evidence()) - logits
+    assert added[:, 2].abs().max() == 0 and (added[:, [0, 1, 3, 4]].abs() > 0).all()
 
 
-def test_a_memory_loads_into_one_of_other_classes_whole():
-    shots, file = memory(), io.BytesIO()
-    torch.save(shots.state_dict(), file)
+def test_a_memory_loads_into_a_model_of_other_classes_by_name():
+    kept = remembered()
+    kept.weight.fill_(0.5)
+    file = io.BytesIO()
+    torch.save(kept.state_dict(), file)
     file.seek(0)
-    other = match.ShotMemory(["yak", "elk"], M, W)
-    assert not other.is_ready
+    other = ClassMemory(["yak", "elk", "ant"], D)
     other.load_state_dict(torch.load(file, weights_only=True))
-    assert other.class_names == NAMES and other.rows.tolist() == [-1, 4] and other.is_ready
-    saved = shots.state_dict()
-    assert all(torch.equal(value, saved[name]) for name, value in other.state_dict().items())
-    assert torch.equal(other.coarse, shots.coarse)
+    image, texts = unit(3, D, seed=9), unit(3, D, seed=10)
+    assert other.is_ready and other.uses_templates == kept.uses_templates
+    mine, theirs = (m.add_to(torch.zeros(3, n), image, m.evidence()) for m, n in ((kept, 5), (other, 3)))
+    assert torch.equal(theirs[:, 0], torch.zeros(3)) and torch.allclose(theirs[:, 1:], mine[:, [4, 0]], atol=1e-6)
+    assert torch.equal(kept.cosine(image, kept.texts(texts, texts)), other.cosine(image, other.texts(texts, texts)))
 
 
-DAMAGED = {"keys": (5, 3, M, 9), "centre": (3,), "view": (8, 7), "filled": (5, 2), "names": (3,)}
+def test_a_thousand_classes_of_a_vit_b_16_take_at_most_10_mb():
+    state = ClassMemory([str(c) for c in range(1000)], 512).state_dict()
+    assert sum(v.numel() * v.element_size() for v in state.values()) < 10e6
 
 
-@pytest.mark.parametrize("name", DAMAGED)
-def test_a_memory_of_another_shape_is_one_line_before_anything_is_asked_of_it(name):
-    state = memory().state_dict()
-    state[name] = torch.full(DAMAGED[name], 97, dtype=state[name].dtype)
-    with pytest.raises(ValueError, match=r"the checkpoint's memory") as error:
-        match.ShotMemory(NAMES, M, W).load_state_dict(state)
-    assert "\n" not in str(error.value)
+def test_a_memory_of_single_shots_or_of_another_width_is_refused_in_one_line():
+    kept = remembered()
+    with pytest.raises(ValueError, match="remember them anew"):
+        kept.load_state_dict({"keys": torch.zeros(5, 1, 1, 8)}, strict=False)
+    with pytest.raises(ValueError, match="4 wide .* 6: set MODEL.BACKBONE.NAME"):
+        ClassMemory(NAMES, 6).load_state_dict(kept.state_dict())
 
 
-def test_a_memory_of_other_descriptions_is_refused_with_the_options_to_set():
-    with pytest.raises(ValueError, match="MATCH_TOKENS.*BACKBONE"):
-        match.ShotMemory(NAMES, M + 1, W).load_state_dict(memory().state_dict())
+def test_weighing_finds_that_images_know_more_than_wrong_texts_and_nothing_where_they_know_nothing():
+    centres = F.normalize(random(12, 32), dim=-1)
+    images, rows = images_of(centres, 8, 0.12)
+    vague = F.normalize(centres + 0.3 * random(12, 32, seed=4), dim=-1)
+    found = weigh(images, rows, vague, None, 20.0)
+    assert found.weight > 0 and found.accuracy > found.host + 0.05 and "left out" in found.describe()
+    noise = unit(len(rows), 32, seed=6)
+    assert weigh(noise, rows, centres, None, 20.0).weight == 0
+    better = weigh(images, rows, vague, centres, 20.0)
+    assert better.ensemble > 0 and better.accuracy > found.accuracy
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=12))
-def test_the_place_in_its_class_counts_the_images_of_that_class_before(rows):
-    assert match.place_in_class(torch.tensor(rows)).tolist() == [rows[:i].count(r) for i, r in enumerate(rows)]
+@given(st.integers(2, 9), st.integers(3, 6), st.floats(0.01, 2.0), st.integers(0, 5))
+@settings(max_examples=15, deadline=None)
+def test_a_choice_is_never_worse_than_the_host_on_what_was_left_out(n_classes, shots, noise, seed):
+    images, rows = images_of(unit(n_classes, 8, seed=seed), shots, noise, seed)
+    found = weigh(images, rows, unit(n_classes, 8, seed=seed + 1), None, 10.0)
+    assert found.accuracy >= found.host or found.host != found.host
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.integers(0, 10**6))
-def test_the_chosen_match_is_never_worse_than_none_and_its_accuracy_is_the_one_claimed(seed):
-    logits, labels = random(20, 4, seed=seed), torch.arange(20) % 4
-    matches = [F.relu(random(20, 4, seed=seed + i)) for i in range(len(match.SHARPNESSES))]
-    sharpness, weight, accuracy = match.choose(logits, labels, matches)
-    total = logits + weight * matches[match.SHARPNESSES.index(sharpness)]
-    assert total.argmax(1).eq(labels).float().mean().item() == pytest.approx(accuracy)
-    assert accuracy >= logits.argmax(1).eq(labels).float().mean().item()
+@pytest.mark.parametrize(
+    "rows, judged, why",
+    [
+        (torch.arange(5), True, "fewer than three shots"),
+        (torch.zeros(4, dtype=torch.long), True, "one class"),
+        (ROWS, False, "guessed labels"),
+    ],
+)
+def test_what_cannot_be_judged_gets_a_fixed_weight_and_says_why(rows, judged, why):
+    kept = remembered(rows, judged=judged)
+    assert kept.weight == memory.UNJUDGED and why in kept.choice.describe()
+    logits = kept.add_to(torch.zeros(2, 5), unit(2, D, seed=3), kept.evidence())
+    assert logits.isfinite().all()
 
 
-def test_of_equally_good_matches_the_lightest_is_taken():
-    logits, labels, good = torch.eye(3), torch.arange(3), [torch.eye(3)] * len(match.SHARPNESSES)
-    assert match.choose(logits, labels, good)[1] == 0.0  # nothing to win
-    assert match.choose(torch.zeros(3, 3), labels, good)[:2] == (match.SHARPNESSES[0], match.WEIGHTS[1])
-
-
-def test_a_memory_is_written_where_half_does_nothing(monkeypatch):
-    before = memory().keys
-    monkeypatch.setattr(torch.Tensor, "half", lambda self: self)  # as in a fork without a GPU
-    assert memory().keys.dtype == torch.half
-    assert torch.equal(memory().keys, before)
-
-
-def test_without_labels_the_best_class_stands_out_a_quarter_as_far_by_the_match_as_by_the_texts():
-    logits = torch.tensor([[9.0, 0.0, 0.0], [0.0, 3.0, 0.0]])  # stand out by 6 and 2: 4 on average
-    found = torch.tensor([[0.0, 0.3, 0.0], [0.9, 0.0, 0.0]])  # by 0.2 and 0.6
-    assert match.unjudged(logits, found) == pytest.approx(10 / 4)
-    assert match.unjudged(logits, torch.zeros(2, 3)) == 0.0  # nothing resembles
+def test_many_more_shots_of_one_class_than_of_others_leave_everything_finite():
+    rows = torch.cat([torch.zeros(60, dtype=torch.long), torch.tensor([1, 2, 2, 3, 4])])
+    kept = remembered(rows)
+    assert all(value.isfinite().all() for value in kept.state_dict().values() if value.is_floating_point())
+    assert kept.add_to(torch.zeros(2, 5), unit(2, D, seed=3), kept.evidence()).isfinite().all()

@@ -16,7 +16,6 @@ def trained(**options):
     wrapper = wrap(**options)
     train_a_little(wrapper)
     wrapper.remember(SHOTS)
-    wrapper.calibrate(SHOTS)
     return wrapper.eval()
 
 

@@ -8,6 +8,7 @@ from random_clips import CLASS_NAMES
 
 import trainers.coop as coop_module
 from spotlighter_plugin import config
+from spotlighter_plugin.method.memory import UNJUDGED
 
 S = "TRAINER.SPOTLIGHTER."
 
@@ -137,31 +138,24 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, options):
         trainer.train()
 
 
-@pytest.mark.parametrize("validation", ["its own", "none", "lent by the test split"])
-def test_the_match_is_never_weighed_on_test_images(tmp_path, options, validation, monkeypatch, capsys):
-    trainer = spotlighter(tmp_path, options, "TRAINER.SPOTLIGHTER.MATCH_TOKENS", 2)
-    if validation == "none":
-        trainer.val_loader = None
-    elif validation == "lent by the test split":
-        trainer.dm.dataset._val, trainer.val_loader = trainer.dm.dataset.test, trainer.test_loader
-    seen, calibrate = [], trainer.model.calibrate
-    monkeypatch.setattr(trainer.model, "calibrate", lambda batches: calibrate([seen.append(b) or b for b in batches]))
+def test_the_memory_learns_from_the_shots_alone_and_says_what_it_chose(tmp_path, options, monkeypatch, capsys):
+    trainer = spotlighter(tmp_path, options)
+    seen, remember = [], trainer.model.remember
+    monkeypatch.setattr(trainer.model, "remember", lambda batches: remember([seen.append(b) or b for b in batches]))
     trainer.train()
-    labels = torch.cat([labels for _, labels in seen])
-    shots = [label for batch in trainer.shot_loader() for label in batch["label"].tolist()]
-    own = validation == "its own"
-    assert len(labels) == (len(trainer.dm.dataset.val) if own else sum(shots.count(c) // 2 for c in set(shots)))
-    assert ("no validation split" in capsys.readouterr().out) == (not own)
-    assert trainer.model.plugin.memory.filled.sum() == len(shots)
+    assert sum(len(labels) for _, labels in seen) == len(trainer.dm.dataset.train_x) == 24
+    assert trainer.model.plugin.memory.counts.tolist() == [4] * 6
+    assert f"Memory of 24 shots: {trainer.model.plugin.memory.choice.describe()}" in capsys.readouterr().out
 
 
-def test_a_match_that_nothing_can_weigh_is_left_out_and_said_so(tmp_path, options, monkeypatch, capsys):
+def test_a_memory_that_nothing_can_weigh_says_little_and_that_nothing_could(tmp_path, options, monkeypatch, capsys):
     trainer = spotlighter(tmp_path, options, "OPTIM.MAX_EPOCH", 1)
     trainer.val_loader = None
     shots = trainer.dm.dataset.train_x
     monkeypatch.setattr(trainer.dm.dataset, "_train_x", [shots[i] for i in range(0, len(shots), 4)])
     trainer.train()
-    assert "weight 0, it is left out: there are no held-out shots" in capsys.readouterr().out
+    assert trainer.model.plugin.memory.weight == UNJUDGED
+    assert "since fewer than three shots a class cannot judge it" in capsys.readouterr().out
 
 
 def test_a_checkpoint_in_the_middle_of_training_says_that_it_remembers_nothing(tmp_path, options, capsys):
@@ -181,7 +175,7 @@ def test_of_a_large_training_set_a_fixed_sample_of_twice_what_the_memory_holds_i
     assert seen[0] == seen[1]
 
 
-def test_models_are_compared_on_validation_with_the_match_which_is_made_once_an_epoch(tmp_path, options, monkeypatch):
+def test_models_are_compared_on_validation_with_the_memory_which_is_made_once_an_epoch(tmp_path, options, monkeypatch):
     options = [*options, "TEST.NO_TEST", False, "TEST.FINAL_MODEL", "best_val", "OPTIM.MAX_EPOCH", 2]
     trainer = spotlighter(tmp_path, options)
     events, remember, test = [], trainer._remember, trainer.test

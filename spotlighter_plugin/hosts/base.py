@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..method.layout import Layout, layout_of
+from ..towers.templates import GENERAL
 
 TEXT_CHUNK = 256  # texts that go through a text tower at once
 
@@ -40,7 +41,7 @@ class HostAdapter:
     def __init__(self, model: nn.Module, class_names: list[str] | None = None):
         self.model = model
         self.class_names = list(class_names or map(str, range(self.n_classes)))
-        self._frozen_text = self._layout = None
+        self._frozen_text = self._layout = self._templates = None
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
@@ -119,6 +120,14 @@ class HostAdapter:
         self._frozen_text = self._frozen_text.to(self.logit_scale.device)
         return self._frozen_text
 
+    def set_templates(self, encode) -> None:
+        """Give a function that encodes hand-written templates: the mean over them, (C, d), of unit length."""
+        self._templates = encode
+
+    def templates(self) -> Tensor | None:
+        """Texts of hand-written templates (C, d), of unit length; None where nobody gave any."""
+        return None if self._templates is None else self._templates().to(self.logit_scale.device).float()
+
     def classification_loss(self, logits: Tensor, labels: Tensor, extras: dict) -> Tensor:
         """The host's loss on logits (B, C); also used for the two levels alone.
 
@@ -150,9 +159,9 @@ class CLIPAdapter(HostAdapter):
     def __init__(self, model, class_names=None, template: str = "a photo of a {}.", tokenizer: Callable | None = None):
         if not class_names:
             raise ValueError("a plain CLIP knows no classes: pass class_names=[...]")
-        texts = [template.format(name.replace("_", " ")) for name in class_names]
-        self.tokens = (tokenizer or self.find_tokenizer(model))(texts)  # (C, T)
         super().__init__(model, class_names)
+        self.template, self._tokenizer = template, tokenizer or self.find_tokenizer(model)
+        self.tokens = self._ids(template)  # (C, T)
 
     @staticmethod
     def find_tokenizer(model: nn.Module) -> Callable:
@@ -164,9 +173,23 @@ class CLIPAdapter(HostAdapter):
         return len(self.tokens)
 
     def encode_text(self) -> Tensor:
-        chunks = self.tokens.to(self.logit_scale.device).split(TEXT_CHUNK)
-        return torch.cat([self.encode_tokens(ids) for ids in chunks])
+        return self._encode(self.tokens)
+
+    @torch.no_grad()
+    def templates(self) -> Tensor:
+        """The mean over hand-written templates, the prompt among them, unless others were given: (C, d)."""
+        if self._templates is not None:
+            return super().templates()
+        ids = map(self._ids, dict.fromkeys((self.template, *GENERAL)))
+        return F.normalize(sum(F.normalize(self._encode(each).float(), dim=-1) for each in ids), dim=-1)
 
     def encode_tokens(self, ids: Tensor) -> Tensor:
         """Embeddings (C, d) of ids (C, T), not normalized."""
         return self.model.encode_text(ids)
+
+    def _ids(self, template):
+        return self._tokenizer([template.format(name.replace("_", " ")) for name in self.class_names])  # (C, T)
+
+    def _encode(self, tokens):
+        chunks = tokens.to(self.logit_scale.device).split(TEXT_CHUNK)
+        return torch.cat([self.encode_tokens(ids) for ids in chunks])

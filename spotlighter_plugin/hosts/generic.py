@@ -79,7 +79,9 @@ class GenericAdapter(HostAdapter):
 
     def _run(self, images):
         seen = {}
-        with _listening(_named(self.model, IMAGE), seen, "image"), _listening(_named(self.model, TEXT), seen, "text"):
+        encoder = _named(self.model, IMAGE)
+        encoder = self.vision if encoder is None else encoder
+        with _listening(encoder, seen, "image"), _listening(_named(self.model, TEXT), seen, "text"):
             output = (self.forward or self.model)(images)
         logits = _of_shape(output, len(images), self.n_classes)
         if logits is None:

@@ -1,12 +1,16 @@
-"""What a class looks like: descriptions of its images come in, what they say of its logits goes out.
+"""What a class looks like: image embeddings of its shots come in, what they say of an image's logits goes out.
 
-Once training is over, the few tokens that mattered most in each training image are written down, each beside its
-image's CLS, seen along directions that tell classes apart rather than images of one class. A test image's own few
-tokens then vote: each for the classes whose tokens resemble it most. The shots are remembered as they are, so training
-leaves the match out. Then ``choose`` weighs it on held-out images, or ``unjudged`` where nobody knows their labels.
+The Semantic Memory Bank is one Gaussian per class. All share what images of one class differ by, and the classes' means
+spread around a common one; both are learned from the shots. An image's evidence for a class is how much likelier it is
+there than in a class that nobody has shown: ln p(v | shots of c) - ln p(v | an unknown class), the log-likelihood ratio
+of probabilistic linear discriminant analysis (Ioffe 2006; Prince and Elder 2007). An unknown class has evidence 0, so
+classes with and without shots share one label space, and an image that no class resembles keeps the host's answer.
+Texts are seen through the same shots: what images of one class differ by counts for less, for every class.
+``weigh`` finds out how much all this may say, by leaving classes and shots out in turn.
 """
 
-from collections.abc import Iterable
+from itertools import product
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,234 +18,290 @@ from torch import Tensor
 
 from .classes import NamedClasses
 
-CLS_SHARE = 0.5  # length of CLS beside a token of length 1
-RIDGE = 0.03  # of the mean variance within classes, added to every direction's own
-SHORTLIST = 16  # classes per image that are looked at token by token
-MANY = 1024  # classes; of more, the shortlist compares whole classes and not each of their images
-SHARPNESSES = (1.0, 3.0, 6.0)
-WEIGHTS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
-SAY = 0.25  # of what the texts say, where no label can judge the match
-ON_CPU, ON_GPU = 2**22, 2**27  # numbers that are gathered at once: a CPU's caches are small, a GPU wants few launches
+ENSEMBLE = (0.0, 0.5, 1.0)  # shares of the template ensemble in the texts
+DAMPING = (0.0, 0.25, 0.5, 0.75)  # exponents with which texts see what images of one class differ by
+WEIGHTS = (0.0, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8)  # of the evidence
+UNJUDGED = 0.1  # the weight where no label or no second shot can judge it
+TOLERATED = 0.002  # share of the images of unknown classes that a choice may lose
+CENTRED = 0.5  # share of the common mean that is taken off where texts are damped
+EVEN = 0.5  # share of the mean variance in damping; 1 damps nothing
+NARROWEST = 0.02  # variance of the means in a direction, of that within classes
+PARTITIONS, PARTS, MOST_IMAGES = 4, 4, 4096  # of weighing: of classes, of a class's shots, and images looked at
 
 
-class ShotMemory(NamedClasses):
-    """Up to V images per class as m keys each; empty until ``remember``.
+class Gaussians(NamedTuple):
+    """C classes in coordinates u = (v - centre) metric, where images of one class have variance 1 in each direction.
+
+    centre: (d,); metric: (d, d); spread ψ: (d,), variance of the classes' means; means: (C, d), of the shots; counts:
+    (C,), how many shots.
+    """
+
+    centre: Tensor
+    metric: Tensor
+    spread: Tensor
+    means: Tensor
+    counts: Tensor
+
+
+class Shots(NamedTuple):
+    """Images by class: means (C, d), counts (C,), the pooled covariance within (d, d) and its degrees of freedom."""
+
+    means: Tensor
+    counts: Tensor
+    within: Tensor
+    freedom: int
+
+
+class Choice(NamedTuple):
+    """What ``weigh`` found: the ensemble's share in the texts, the damping exponent, the evidence's weight, accuracy
+    (harmonic mean of known and unknown classes in one label space) with it and of the host, and how it was judged."""
+
+    ensemble: float
+    damping: float
+    weight: float
+    accuracy: float
+    host: float
+    judged: str
+
+    def describe(self) -> str:
+        """One line for readers: what was chosen, and why."""
+        chosen = f"evidence x {self.weight:g}, texts damped by {self.damping:g}, {self.ensemble:.0%} of the templates"
+        if self.host != self.host:
+            return f"{chosen}, since {self.judged} cannot judge it"
+        return f"{chosen}: {100 * self.accuracy:.1f} % right, {100 * self.host:.1f} without it ({self.judged})"
+
+
+class ClassMemory(NamedClasses):
+    """A Gaussian per class; empty until ``remember``. Loading a state replaces it, names included.
 
     Args:
         class_names: the model's C classes.
-        tokens: how many of an image's tokens are described; 0: CLS alone.
-        width: w of the vision tower.
+        dim: d of the texts' space.
 
     Attributes:
-        keys: (C, V, m, D) half precision, unit length.
-        filled: (C, V), which images exist.
-        centre, view: (D,) and (D, D): a description x becomes the key normalize((x - centre) view).
-        sharpness: b of ``votes``, a scalar.
-        weight: of the match in the logits, a scalar; 0 before ``calibrate``.
+        centre, metric, spread, means, counts: the ``Gaussians``; the means in half precision.
+        view, image_offset, text_offset: (d, d) and (d,), through which images and texts are compared, after offsets.
+        ensemble, weight: scalars, of ``Choice``.
+        choice: what ``weigh`` found; None before ``remember`` and after loading.
     """
 
-    def __init__(self, class_names: list[str], tokens: int, width: int):
+    def __init__(self, class_names: list[str], dim: int):
         super().__init__(class_names)
-        self.shape = (tokens, 2 * width) if tokens else (1, width)  # (m, D)
-        self.register_buffer("keys", torch.zeros(len(class_names), 0, *self.shape, dtype=torch.half))
-        self.register_buffer("filled", torch.zeros(len(class_names), 0, dtype=torch.bool))
-        self.register_buffer("centre", torch.zeros(self.shape[1]))
-        self.register_buffer("view", torch.zeros(self.shape[1], self.shape[1]))
-        self.register_buffer("sharpness", torch.tensor(SHARPNESSES[0]))  # 0 would make NaN of classes without images
+        self.choice: Choice | None = None
+        self.register_buffer("centre", torch.zeros(dim))
+        self.register_buffer("metric", torch.zeros(dim, dim))
+        self.register_buffer("spread", torch.zeros(dim))
+        self.register_buffer("means", torch.zeros(len(class_names), dim, dtype=torch.half))
+        self.register_buffer("counts", torch.zeros(len(class_names), dtype=torch.long))
+        self.register_buffer("view", torch.eye(dim))
+        self.register_buffer("image_offset", torch.zeros(dim))
+        self.register_buffer("text_offset", torch.zeros(dim))
+        self.register_buffer("ensemble", torch.zeros(()))
         self.register_buffer("weight", torch.zeros(()))
-        self.register_buffer("coarse", torch.zeros(len(class_names), 0, self.shape[1]), persistent=False)
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether images are remembered, some of them of the model's classes."""
-        return self.keys.numel() > 0 and self.knows_any
+        self.is_ready = False
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def remember(self, descriptions: Tensor, rows: Tensor) -> None:
-        """Write images down in place of what was there, and learn from them how to look.
+    def remember(
+        self, images: Tensor, rows: Tensor, texts: Tensor, ensemble: Tensor | None, scale: float,
+        own: Tensor | None = None, judged: bool = True,
+    ) -> None:  # fmt: skip
+        """Learn what the model's classes look like, in place of what was there, and weigh it.
 
         Args:
-            descriptions: (n, m, D), as ``describe`` gives them.
+            images: (n, d), unit length.
             rows: (n,), class of each image in 0…C-1.
+            texts, ensemble: (C, d), unit length, of the host's prompts and of hand-written templates, if there are any.
+            scale: 1/τ.
+            own: the host's own logits (n, C) where these are more than cosines over τ; the memory leaves texts alone.
+            judged: whether the rows are labels, by which the evidence can be weighed.
         """
         self.name(self.asked)
-        place = place_in_class(rows)
-        self.centre, self.view = discriminating_view(descriptions.mean(1), rows)  # an image's tokens may well differ
-        keys = self.look(descriptions)
-        self.keys = keys.new_zeros(len(self.asked), int(place.max()) + 1, *self.shape, dtype=torch.half)
-        self.filled = torch.zeros(self.keys.shape[:2], dtype=torch.bool, device=keys.device)
-        self.keys[rows, place] = keys.to(torch.half)  # forks without a GPU make .half() do nothing
-        self.filled[rows, place] = True
-        self.coarse = coarse_keys(self.keys)
+        shots = statistics(images, rows, len(self.asked))
+        learned, seen = fit(shots), shots.counts > 0
+        self.choice = weigh(images, rows, texts, ensemble, scale, own, judged)
+        self.centre, self.metric, self.spread = learned.centre, learned.metric, learned.spread
+        self.means, self.counts = learned.means.to(torch.half), learned.counts
+        said = blend(texts, ensemble, self.choice.ensemble)[seen]
+        self.view, self.image_offset, self.text_offset = view(shots, said, self.choice.damping)
+        self.ensemble, self.weight = (images.new_tensor(value) for value in (self.choice.ensemble, self.choice.weight))
+        self.is_ready = True
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def calibrate(self, seen: Iterable[tuple[Tensor, Tensor, Tensor | None]]) -> float | None:
-        """Weigh the match on held-out images, never on the remembered ones.
+    def texts(self, texts: Tensor, ensemble: Tensor | None) -> Tensor:
+        """Texts (C, d) as images are compared with them, unit length: blended with the ensemble, seen as images are."""
+        return look(blend(texts, ensemble, self.ensemble), self.text_offset, self.view)
 
-        Args:
-            seen: batches of logits (n, C) from the texts alone, descriptions (n, m, D) and labels (n,), or None for all
-                labels: without them the match is given a share of what the texts say.
+    def cosine(self, image: Tensor, texts: Tensor) -> Tensor:
+        """Cosines of images (B, d), unit length, with ``texts`` as this memory gives them: (B, C)."""
+        return look(image, self.image_offset, self.view) @ texts.T
 
-        Returns:
-            The share of these images that are then right; None without labels or images.
-        """
-        self.weight.zero_()
-        logits, labels, matches = [], [], []
-        for scores, descriptions, targets in seen:
-            logits.append(scores)
-            labels.append(targets)
-            matches.append([self.match(descriptions, sharpness) for sharpness in SHARPNESSES])
-        if not logits:
-            return None
-        logits, matches, right = torch.cat(logits), [torch.cat(match) for match in zip(*matches, strict=True)], None
-        if labels[0] is None:
-            sharpness, weight = SHARPNESSES[1], unjudged(logits, matches[1])
-        else:
-            sharpness, weight, right = choose(logits, torch.cat(labels), matches)
-        self.sharpness.fill_(sharpness)
-        self.weight.fill_(weight)
-        return right
+    def evidence(self) -> tuple[Tensor, Tensor]:
+        """Weight × evidence as one product of [u², u]: factors (2d, C) and constants (C,) of the model's classes."""
+        factors, constant = folded(self.gaussians)
+        known = self.rows >= 0
+        rows = self.rows.clamp(min=0)
+        return self.weight * factors[:, rows] * known, self.weight * constant[rows] * known
 
-    def add_to(self, logits: Tensor, descriptions: Tensor) -> Tensor:
-        """Logits (B, C) of the texts and the weighed match of images described as (B, m, D): (B, C)."""
-        return logits + self.weight * self.match(descriptions, self.sharpness)
+    def add_to(self, logits: Tensor, image: Tensor, evidence: tuple[Tensor, Tensor]) -> Tensor:
+        """Logits (B, C) and the ``evidence`` of images (B, d), unit length: (B, C)."""
+        return logits + evidence_of(image, self, *evidence)
 
-    def match(self, descriptions: Tensor, sharpness: float | Tensor) -> Tensor:
-        """``votes`` for the model's classes, 0 for those that are not remembered: (B, m, D) → (B, C)."""
-        cosines, classes = resemblance(self.look(descriptions), self.keys, self.filled, self.coarse)
-        match = votes(cosines, classes, sharpness, len(self.keys))
-        return match[:, self.rows.clamp(min=0)] * (self.rows >= 0)
+    @property
+    def uses_templates(self) -> bool:
+        return self.ensemble.item() > 0
 
-    def look(self, descriptions: Tensor) -> Tensor:
-        """Keys of descriptions: (…, D) → (…, D), unit length."""
-        return F.normalize((descriptions - self.centre) @ self.view, dim=-1)
+    @property
+    def gaussians(self) -> Gaussians:
+        return Gaussians(self.centre, self.metric, self.spread, self.means.float(), self.counts)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        saved = {name: tuple(state_dict[prefix + name].shape) for name in self._buffers if prefix + name in state_dict}
-        n_classes, shots = (saved.get("filled", ()) + (0, 0))[:2]
-        own = {"keys": (n_classes, shots, *self.shape), "centre": self.shape[1:], "view": (self.shape[1],) * 2}
-        for name, shape in own.items():
-            if saved.get(name, shape) != shape:
-                raise ValueError(
-                    f"the checkpoint's memory.{name} is {saved[name]}, this model's {shape}: set TRAINER.SPOTLIGHTER "
-                    "(PRESET, MATCH_TOKENS) and MODEL.BACKBONE.NAME as in training"
-                )
+        if prefix + "keys" in state_dict:
+            raise ValueError("the checkpoint remembers single shots, as version 0.1 did: remember them anew")
+        saved, own = state_dict.get(prefix + "centre"), self.centre
+        if saved is not None and saved.shape != own.shape:
+            raise ValueError(
+                f"the checkpoint's memory is {len(saved)} wide and this model's texts {len(own)}: set "
+                "MODEL.BACKBONE.NAME as in training"
+            )
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if len(self.class_names) != n_classes:
-            raise ValueError(f"the checkpoint's memory has {n_classes} classes and {len(self.class_names)} names")
-        self.coarse = coarse_keys(self.keys)
+        self.choice, self.is_ready = None, bool((self.counts > 0).any())
 
 
-def describe(tokens: Tensor, cls: Tensor) -> Tensor:
-    """Each token beside its image's CLS: (B, m, w), (B, w) → (B, m, 2w); without tokens CLS alone, (B, 1, w)."""
-    cls = F.normalize(cls.float(), dim=-1).unsqueeze(1)  # (B, 1, w)
-    if tokens.shape[1] == 0:
-        return cls
-    tokens = F.normalize(tokens.float(), dim=-1)
-    return torch.cat([tokens, CLS_SHARE * cls.expand(-1, tokens.shape[1], -1)], dim=-1)
+def statistics(images: Tensor, rows: Tensor, n_classes: int) -> Shots:
+    """Of images (n, d) with classes (n,) in 0…C-1."""
+    counts = rows.bincount(minlength=n_classes)
+    means = images.new_zeros(n_classes, images.shape[1]).index_add_(0, rows, images) / counts.clamp(min=1)[:, None]
+    freedom = len(rows) - int((counts > 0).sum())
+    return Shots(means, counts, _covariance(images - means[rows], freedom), freedom)
 
 
-def discriminating_view(described: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Directions weighed so that images of one class differ alike in all of them: S^(-1/2).
+def fit(shots: Shots) -> Gaussians:
+    """Gaussians of classes that were shown.
 
-    S is the covariance within classes, with ``RIDGE`` of its mean variance added in every direction.
-
-    Args:
-        described: (n, D).
-        rows: (n,), their classes.
-
-    Returns:
-        The centre (D,) and the view (D, D).
+    The covariance within classes S_w is shrunk toward an even one by d/(d + degrees of freedom); with one shot a class
+    there is nothing but half of the variance of all, evenly. The metric is S_w^(-1/2), turned to where the covariance
+    of the classes' means, less what of it is chance, is diagonal.
     """
-    described = described.double()
-    classes, index = rows.unique(return_inverse=True)
-    sums = described.new_zeros(len(classes), described.shape[1]).index_add_(0, index, described)
-    within = described - (sums / index.bincount().unsqueeze(1))[index]
-    covariance = within.T @ within / len(described)
-    covariance.diagonal().add_(RIDGE * covariance.diagonal().mean() + 1e-6)
-    variance, axes = torch.linalg.eigh(covariance)
-    return described.mean(0).float(), (axes * variance.rsqrt() @ axes.T).float()
+    seen, width = shots.counts > 0, len(shots.within)
+    centre = shots.means[seen].mean(0)
+    apart = shots.means[seen] - centre
+    even = shots.within.diagonal().mean() if shots.freedom else apart.square().mean() / 2
+    within = _evened(shots.within, even.clamp(min=1e-8), width / (width + shots.freedom))
+    values, directions = torch.linalg.eigh(within)
+    whiten = directions * values.rsqrt() @ directions.T
+    between = _covariance(apart @ whiten, max(len(apart) - 1, 1))
+    between.diagonal().sub_((1 / shots.counts[seen]).mean())
+    spread, turn = torch.linalg.eigh(_evened(between, between.diagonal().mean(), 0.1))
+    means = (shots.means - centre) @ whiten @ turn * seen[:, None]
+    return Gaussians(centre, whiten @ turn, spread.clamp(min=NARROWEST), means, shots.counts)
 
 
-def coarse_keys(keys: Tensor) -> Tensor:
-    """Each image's mean key, (C, V, D), or with more than ``MANY`` classes each class's, (C, 1, D); unit length."""
-    images = F.normalize(keys.mean(2).float(), dim=-1)
-    return images if len(images) <= MANY else F.normalize(images.sum(1, keepdim=True), dim=-1)
+def folded(classes: Gaussians) -> tuple[Tensor, Tensor]:
+    """Evidence as a linear function of [u², u]: factors (2d, C) and constants (C,); 0 for classes without shots.
 
-
-def resemblance(queries: Tensor, keys: Tensor, filled: Tensor, coarse: Tensor) -> tuple[Tensor, Tensor]:
-    """max_r cos(q_i, K_c,r) of each query token with the keys of the classes that its image resembles most.
-
-    Without a shortlist each token would meet all C·V·m keys; with it, what grows with C is one product with ``coarse``.
-
-    Args:
-        queries: (B, m, D), unit length.
-        keys: (C, V, m, D), unit length.
-        filled: (C, V), which of them exist.
-        coarse: ``coarse_keys`` of them.
-
-    Returns:
-        The cosines (B, m, S) and the classes (B, S), S = min(``SHORTLIST``, C).
+    After n shots a class's mean is nψ/(nψ+1) ū, give or take a variance of ψ/(nψ+1) in each direction.
     """
-    overall = F.normalize(queries.mean(1), dim=-1)  # (B, D)
-    there = filled[:, : coarse.shape[1]]  # a class with images has a first
-    alike = torch.einsum("be,cve->bcv", overall, coarse).masked_fill(~there, -torch.inf).amax(-1)  # (B, C)
-    classes = alike.topk(min(SHORTLIST, len(keys)), dim=1).indices  # (B, S)
-    on_cpu = keys.device.type == "cpu"
-    precision = queries.dtype if on_cpu else keys.dtype  # a GPU multiplies the keys as they are kept
-    step = max(1, (ON_CPU if on_cpu else ON_GPU) // (classes.shape[1] * keys[0].numel()))
-    cosines = []
-    for some, mine in zip(queries.to(precision).split(step), classes.split(step), strict=True):
-        theirs = keys.index_select(0, mine.flatten()).to(precision)  # (b·S, V, m, D)
-        cosine = theirs.view(len(some), -1, theirs.shape[-1]) @ some.transpose(1, 2)  # (b, S·V·m, m)
-        cosine = cosine.view(*mine.shape, *keys.shape[1:3], -1)  # (b, S, V, m, m)
-        cosine = cosine.masked_fill(~filled[mine][:, :, :, None, None], -torch.inf)
-        cosines.append(cosine.flatten(2, 3).amax(2).transpose(1, 2).float())  # (b, m, S)
-    return torch.cat(cosines), classes
+    n, spread = classes.counts[:, None].float(), classes.spread
+    mean, variance = n * spread / (n * spread + 1) * classes.means, 1 + spread / (n * spread + 1)  # (C, d) both
+    unknown = 1 + spread
+    constant = -0.5 * (mean.square() / variance + (variance / unknown).log()).sum(-1)
+    return torch.cat([0.5 * (1 / unknown - 1 / variance), mean / variance], dim=-1).T, constant
 
 
-def votes(cosines: Tensor, classes: Tensor, sharpness: float | Tensor, n_classes: int) -> Tensor:
-    """mean_i exp(-b (1 - cos_i)), what of it exceeds the shortlist's mean; 0 for all other classes: (B, C)."""
-    match = torch.exp(-sharpness * (1 - cosines)).mean(1)  # (B, S)
-    match = (match - match.mean(1, keepdim=True)).clamp(min=0)
-    return match.new_zeros(len(match), n_classes).scatter(1, classes, match)
+def evidence_of(images: Tensor, classes: Gaussians, factors: Tensor, constants: Tensor) -> Tensor:
+    """ln p(v | class) - ln p(v | unknown class), as ``folded`` gives factors and constants: (n, d) → (n, C)."""
+    u = (images - classes.centre) @ classes.metric
+    return torch.addmm(constants, torch.cat([u * u, u], dim=-1), factors)
 
 
-def choose(logits: Tensor, labels: Tensor, matches: list[Tensor]) -> tuple[float, float, float]:
-    """The sharpness with which most held-out images are right, and the lightest weight that gets as many right.
+def view(shots: Shots, texts: Tensor, exponent: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Through what images and texts are compared: (S/mean)^(-exponent/2) of the evened covariance within classes, and
+    what is taken off images and off ``texts`` (K, d) first, a share of their means. Nothing changes for exponent 0."""
+    even = shots.within.diagonal().mean()
+    if exponent == 0 or not even > 0:
+        zero = torch.zeros_like(shots.within[0])
+        return torch.eye(len(zero), device=zero.device), zero, zero.clone()
+    values, directions = torch.linalg.eigh(_evened(shots.within, even, EVEN))
+    matrix = directions * (values / values.mean()) ** (-exponent / 2) @ directions.T
+    return matrix, CENTRED * shots.means[shots.counts > 0].mean(0), CENTRED * texts.mean(0)
 
-    Args:
-        logits: (n, C), from the texts alone.
-        labels: (n,).
-        matches: ``votes`` at each of ``SHARPNESSES``, (n, C) each.
 
-    Returns:
-        Sharpness, weight, and the share of images that they get right.
+def look(vectors: Tensor, offset: Tensor, matrix: Tensor) -> Tensor:
+    """(…, d) → (…, d), unit length."""
+    return F.normalize((vectors - offset) @ matrix, dim=-1)
+
+
+def blend(texts: Tensor, ensemble: Tensor | None, share: float | Tensor) -> Tensor:
+    """Texts (C, d) with a share of the template ensemble, unit length."""
+    return texts if ensemble is None else F.normalize(torch.lerp(texts, ensemble, share), dim=-1)
+
+
+def weigh(
+    images: Tensor, rows: Tensor, texts: Tensor, ensemble: Tensor | None, scale: float,
+    own: Tensor | None = None, judged: bool = True,
+) -> Choice:  # fmt: skip
+    """How much templates, damping and evidence may say: what has the best harmonic mean in one label space.
+
+    In each of ``PARTITIONS`` a random half of the classes is forgotten and plays the unknown ones; of the others each
+    quarter of the shots tests what the rest teaches. Nothing is chosen that costs known classes anything, or unknown
+    ones more than ``TOLERATED``, of what the host has; of what is as good as the best, give or take a standard error
+    over the partitions, the lightest evidence is taken. Arguments as of ``ClassMemory.remember``.
     """
-    best = logits.argmax(1).eq(labels).float().mean().item()
-    chosen = SHARPNESSES[0], 0.0, best
-    for sharpness, match in zip(SHARPNESSES, matches, strict=True):
-        gain = 1 / match.amax(1).mean().clamp(min=1e-6).item()
-        for weight in (weight * gain for weight in WEIGHTS):
-            right = (logits + weight * match).argmax(1).eq(labels).float().mean().item()
-            if right > best:
-                best, chosen = right, (sharpness, weight, right)
-    return chosen
+    shares = ENSEMBLE if ensemble is not None and own is None else ENSEMBLE[:1]
+    dampings = DAMPING if own is None else DAMPING[:1]
+    place, classes = place_in_class(rows), rows.unique()
+    parts = min(PARTS, int(place.max()) + 1)
+    if not judged or len(classes) < 2 or parts < 3:
+        why = "guessed labels" if not judged else "one class" if len(classes) < 2 else "fewer than three shots a class"
+        return Choice(shares[-1], dampings[len(dampings) // 2], UNJUDGED, float("nan"), float("nan"), why)
+    generator = torch.Generator().manual_seed(0)
+    grid = list(product(shares, dampings, WEIGHTS))
+    right = images.new_zeros(PARTITIONS, 2, len(grid))  # accuracy on known and on unknown classes
+    some = max(2, MOST_IMAGES * len(classes) // max(len(rows), MOST_IMAGES))  # classes that are looked at
+    for fold in range(parts * PARTITIONS):
+        if fold % parts == 0:
+            order = classes[torch.randperm(len(classes), generator=generator)[:some].to(rows.device)]
+        row = torch.full((int(rows.max()) + 1,), -1, device=rows.device)
+        row[order] = torch.arange(len(order), device=rows.device)  # the first half is known
+        known = (len(order) + 1) // 2
+        mine = row[rows]
+        learns = (mine >= 0) & (mine < known) & (place % parts != fold % parts)
+        tests = (mine >= known) | ((mine >= 0) & ~learns)
+        if not learns.any():  # the known classes have one shot each, and it is left out
+            continue
+        said = texts[order], None if ensemble is None else ensemble[order], scale
+        host = None if own is None else own[tests][:, order]
+        right[fold // parts] += _judge(images, mine, learns, tests, known, *said, host, grid) / parts
+    means = 2 * right.prod(1) / right.sum(1).clamp(min=1e-9)  # (PARTITIONS, grid)
+    mean, (known, unknown) = means.mean(0), right.mean(0)
+    allowed = (known >= known[0]) & (unknown >= unknown[0] - TOLERATED) & (mean >= mean[0])  # the host is the first
+    best = torch.where(allowed, mean, -1).argmax()
+    error = (means - means[:, best, None]).std(0) / PARTITIONS**0.5  # of the difference to the best
+    as_good = allowed & (mean + error >= mean[best])
+    weights = torch.tensor([weight for *_, weight in grid], device=mean.device)
+    lightest = as_good & (weights == weights[as_good].min())
+    chosen = int(torch.where(lightest, mean, -1).argmax())
+    judged_by = f"half of {len(order)} classes and a part of the shots left out, {PARTITIONS} times"
+    return Choice(*grid[chosen], mean[chosen].item(), mean[0].item(), judged_by)
 
 
-def unjudged(logits: Tensor, match: Tensor) -> float:
-    """The weight at which the match says ``SAY`` of what the texts say, for images whose labels nobody knows.
-
-    Either says as much as an image's best class stands out from the mean of all, on average over the images.
-
-    Args:
-        logits: (n, C), from the texts alone.
-        match: ``votes``, (n, C).
-    """
-    texts, match = ((scores.amax(1) - scores.mean(1)).mean().item() for scores in (logits, match))
-    return SAY * texts / match if match > 0 else 0.0
+def _judge(images, rows, learns, tests, known, texts, ensemble, scale, own, grid) -> Tensor:
+    """Accuracy on known and on unknown classes, all in one label space, for each entry of the grid: (2, grid)."""
+    shots = statistics(images[learns], rows[learns], known)
+    gaussians = fit(shots)
+    held, labels = images[tests], rows[tests]
+    evidence = F.pad(evidence_of(held, gaussians, *folded(gaussians)), (0, len(texts) - known))  # (n, C)
+    is_known, result = labels < known, []
+    for share, exponent in dict.fromkeys((share, exponent) for share, exponent, _ in grid):
+        logits = own
+        if own is None:
+            seen = blend(texts, ensemble, share)
+            matrix, image_offset, text_offset = view(shots, seen[:known], exponent)
+            logits = scale * look(held, image_offset, matrix) @ look(seen, text_offset, matrix).T
+        for weight in WEIGHTS:
+            hit = (logits + weight * evidence).argmax(1) == labels
+            result.append(torch.stack([hit[is_known].float().mean(), hit[~is_known].float().mean()]))
+    return torch.stack(result, 1).nan_to_num(0.0)
 
 
 def place_in_class(rows: Tensor) -> Tensor:
@@ -250,3 +310,12 @@ def place_in_class(rows: Tensor) -> Tensor:
     ordered = rows[order]
     first = torch.searchsorted(ordered, ordered)
     return torch.empty_like(rows).scatter_(0, order, torch.arange(len(rows), device=rows.device) - first)
+
+
+def _covariance(centred: Tensor, freedom: int) -> Tensor:
+    return centred.T @ centred / max(freedom, 1)
+
+
+def _evened(covariance: Tensor, even: Tensor, share: float) -> Tensor:
+    """Shrunk toward the even covariance: (d, d)."""
+    return torch.lerp(covariance, even * torch.eye(len(covariance), device=covariance.device), share)

@@ -7,7 +7,7 @@ from torch import nn
 
 from .bank import SemanticMemoryBank
 from .mapping import Mapping
-from .memory import ShotMemory
+from .memory import ClassMemory
 
 GONE = ("mapping.heads", "mapping.groups", "mapping.blend", "mapping.match_weight")  # of version 0.1's checkpoints
 
@@ -21,16 +21,14 @@ class Plugin(nn.Module):
         memory: what the training images look like; None without ``prototype_logits``.
 
     Args:
-        kept: how many tokens the first cut keeps.
         width, dim, heads: w, d and H of the vision tower.
     """
 
-    def __init__(self, config, class_names: list[str], kept: int, width: int, dim: int, heads: int):
+    def __init__(self, config, class_names: list[str], width: int, dim: int, heads: int):
         super().__init__()
         self.mapping = Mapping(config, width, dim, heads)
         self.bank = SemanticMemoryBank(class_names, config.prototypes, width) if config.uses_bank else None
-        described = min(config.match_tokens, kept)
-        self.memory = ShotMemory(class_names, described, width) if config.prototype_logits else None
+        self.memory = ClassMemory(class_names, dim) if config.prototype_logits else None
         self._constants = {}
 
     def constant(self, name: str, make, device: torch.device, host: nn.Module | None = None) -> Any:

@@ -3,6 +3,7 @@
 A ``Selector`` lives for one call and holds all that belongs to it, so calls never meet.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,7 +14,6 @@ from torch import Tensor
 
 from . import activation, merging
 from .layout import Gaze, Layout
-from .memory import describe
 from .merging import Plan
 from .plugin import Plugin
 from .schedule import Step
@@ -32,7 +32,6 @@ class Selector:
     Attributes:
         tokens: z of the kept tokens, best first, (B, k, d), where something reads them.
         trail: what became of the image's patches, as ``merging.whereabouts`` takes it.
-        described: the image's m best tokens beside its CLS, (B, m, D), if it is to be matched with the memory.
         levels: image embedding and tokens of level 1 and level 2 alone; in training.
         full: v⁰ before normalization, (B, d); in training.
         category: c*, (B,).
@@ -53,10 +52,10 @@ class Selector:
     bias: Tensor | float = 0.0  # added to every logit
     rows: Tensor | None = None  # (B,), the bank's row of each image; None at inference
     wants: frozenset[str] = frozenset()  # names of the losses to come
-    describes: bool = False
+    recalls: bool = False  # whether the memory adds to the logits
+    templates: Callable[[], Tensor | None] = lambda: None  # texts of hand-written templates, (C, d)
     tokens: Tensor | None = None
     trail: list[Plan | Tensor] = field(default_factory=list)
-    described: Tensor | None = None
     levels: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
     full: Tensor | None = None
     category: Tensor | None = None
@@ -85,7 +84,6 @@ class Selector:
             scores = activation.standardise(self.sample_score(tower, hidden))  # (B, n)
             kept = activation.top_tokens(self._of_tokens(scores), step.kept)  # (B, k)
         self._fused = self._fuse(tower, hidden, scores, kept)
-        self._describe(tower, hidden, kept)
         self.trail.append(kept)
         sequence, tower.sizes, _ = self._sequence(tower, hidden, tower.tokens(hidden, kept), kept)
         return sequence
@@ -101,7 +99,6 @@ class Selector:
                 scores = scores + activation.standardise(self.semantic_score(hidden, every))
             kept = activation.top_tokens(self._of_tokens(scores), step.kept)  # tok^act, (B, k)
             dropped = scores, kept
-            self._describe(tower, hidden, kept)
             if training and self.plugin.training and self._bank_is_read(hidden):
                 chosen = tower.tokens(hidden, kept).transpose(0, 1)  # (B, k, w)
                 bank.update(chosen, self.project(chosen), self.rows, config.beta, self.project)
@@ -125,18 +122,38 @@ class Selector:
         return sequence
 
     def image(self, image: Tensor, tower: Pass) -> Tensor:
-        """v before normalization, (B, d) float32, of what the host made of the output; completes the description."""
-        if self.describes:
-            self.described = describe(self.described, self.layout.state(tower.output))  # (B, m, D)
+        """v before normalization, (B, d) float32, of what the host made of the output."""
         return self._readout(image, tower.output, self.refined)
 
     def logits(self, image: Tensor, tokens: Tensor | None) -> Tensor:
         """cos(v, t^rep)/τ, or the host's own, and what the memory says if it is asked: (B, d), (B, k, d) → (B, C)."""
+        memory, mapping, unit = self.plugin.memory, self.plugin.mapping, F.normalize(image, dim=-1)
+        texts, evidence = self.recollection()
         if self.own_logits is not None:
             logits = self.own_logits.float()
+        elif texts is not None:
+            logits = self.scale * memory.cosine(unit, texts) + self.bias
         else:
-            logits = self.scale * self.plugin.mapping.text(self.text, tokens, self.scale).cosine(image) + self.bias
-        return self.plugin.memory.add_to(logits, self.described) if self.describes else logits
+            logits = self.scale * mapping.text(self.text, tokens, self.scale).cosine(image) + self.bias
+        return logits if evidence is None else memory.add_to(logits, unit, evidence)
+
+    def recollection(self) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
+        """What the memory makes of the texts, (C, d), where no mapping does, and its evidence; None for what is not."""
+        memory, texts = self.plugin.memory, None
+        if not self.recalls:
+            return None, None
+        if self.plugin.mapping.trm is None:
+            texts = self.constant("seen texts", lambda: memory.texts(self.text, self._said_otherwise()))
+        return texts, self.constant("evidence", memory.evidence, False)
+
+    def _said_otherwise(self) -> Tensor | None:
+        """The template ensemble, if the memory was weighed with it; a warning where nobody gave it."""
+        if not self.plugin.memory.uses_templates:
+            return None
+        texts = self.templates()
+        if texts is None:
+            warnings.warn("the memory was weighed with templates, none are given: adapter.set_templates", stacklevel=2)
+        return texts
 
     # ----------------------------------------------------------------------------------------------------------- scores
 
@@ -248,12 +265,6 @@ class Selector:
             refined = output[self.layout.n_lead :][: len(refined)]  # Û as block L-1 leaves it
         joint = self.to_texts(self.layout.read_out(refined))  # (P, B, d)
         return image + self.plugin.mapping.readout_weight * joint.float().mean(0)
-
-    def _describe(self, tower: Pass, hidden: Tensor, kept: Tensor) -> None:
-        """At the first cut, the best tokens (B, m, w) as the block there sees them."""
-        if self.describes and self.described is None:
-            best = tower.tokens(hidden, kept[:, : self.config.match_tokens])  # (m, B, w)
-            self.described = self.layout.ln_1(tower.index, best).transpose(0, 1)
 
     def _of_tokens(self, scores: Tensor) -> Tensor:
         """Scores (B, n) without that of a token which stands for dropped ones: (B, n) or (B, n-1)."""

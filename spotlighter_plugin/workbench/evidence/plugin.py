@@ -87,7 +87,6 @@ def attach(host: Host, config: SpotlighterConfig, task: Task, learned: Task, tow
         view = View(tower, attached.block)
         view.start(wrapper)
         wrapper.remember(batches(learned.shots, view))
-        wrapper.calibrate(batches(task.held_out, view))
         attached.state = {name: value.detach().cpu() for name, value in wrapper.state_dict().items()}
     return attached
 

@@ -19,7 +19,6 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ...config import PRESETS, SpotlighterConfig
-from ...method.memory import coarse_keys
 from ...method.schedule import Step, Tower, groups, lengths
 from ...method.schedule import operations as counted
 from ...towers.clip import BUNDLED
@@ -108,11 +107,12 @@ class Bench:
             bank.prototypes = torch.randn(*shape, bank.prototypes.shape[-1], device=self.device)
             bank.filled, bank.is_empty = torch.ones(shape, dtype=torch.bool, device=self.device), False
         if memory is not None:
-            shape = self.setting.classes, config.match_shots, *memory.shape
-            memory.keys = torch.randn(shape, device=self.device, dtype=torch.half)
-            memory.filled = torch.ones(shape[:2], dtype=torch.bool, device=self.device)
-            memory.view = torch.eye(shape[-1], device=self.device)
-            memory.coarse = coarse_keys(memory.keys)
+            memory.metric.fill_diagonal_(1)
+            memory.spread.fill_(1)
+            memory.means.normal_()
+            memory.counts.fill_(config.match_shots)
+            memory.weight.fill_(1)
+            memory.is_ready = True
         return wrapper
 
     @torch.no_grad()
@@ -345,7 +345,7 @@ def command(
         int | None, typer.Option(help="s; negative counts from the end (default: preset's)")
     ] = None,
     top_k: Annotated[int | None, typer.Option(help="k (default: preset's)")] = None,
-    sweep: Annotated[str, typer.Option(help="e.g. select_block=4,8,11,top_k=16,32 or preset=default,fast")] = "",
+    sweep: Annotated[str, typer.Option(help="e.g. select_block=4,8,11,top_k=16,32 or preset=default,paper")] = "",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 (default: cuda where there is one)")] = "",
     dtype: Annotated[str, typer.Option(help=", ".join(DTYPES))] = "fp32",
     runs: Annotated[int, typer.Option(help="rounds, after one that is not counted")] = 10,
