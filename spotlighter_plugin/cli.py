@@ -13,6 +13,8 @@ from rich.table import Table
 from typer.core import TyperCommand, TyperGroup
 
 COMMANDS = {  # name: the module whose `app` it is, what --help says
+    "train": ("workbench.photos.train", "Train on a folder of your own pictures, a folder for each class."),
+    "predict": ("workbench.photos.predict", "Name what is on pictures, with what was trained."),
     "sweep": ("workbench.sweeps.sweep", "Run a whole protocol: skip what is complete, resume what was killed."),
     "ablate": ("workbench.sweeps.ablate", "Run one ablation of the paper and print its table."),
     "report": ("workbench.reports.report", "The paper's tables over seeds, beside the paper's figures."),

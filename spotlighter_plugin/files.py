@@ -164,6 +164,15 @@ def is_picture(name) -> bool:
     return str(name).lower().endswith(PICTURES)
 
 
+def pictures_below(folder) -> list[Path]:
+    """The pictures in a folder and in those below it, sorted by path; hidden ones are left out."""
+    found = []
+    for home, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(home, name) for name in names if is_picture(name) and not name.startswith(".")]
+    return sorted(found)
+
+
 def read_picture(path) -> "Image":
     """The picture as RGB, fully decoded; 16-bit grey is brought down to 8 bits.
 

@@ -18,6 +18,7 @@ from ...errors import one_line
 from ...files import alone_in, sweep_leftovers, write_aside
 from ...runtime.dassl.engine.checkpoints import chooses_on_test, refuse_other_settings, saved_epochs, settings_of
 from ...runtime.dassl.utils import collect_env_info, set_random_seed, setup_logger
+from .saved import save_run
 from .settings import import_trainers_and_datasets, parse, read_settings, setup_cfg
 
 
@@ -150,6 +151,8 @@ def _train_or_test(args, cfg, build):
             trainer.train()
         except FloatingPointError as error:
             raise FloatingPointError(f"{_place(trainer, error)}; {_last_checkpoint(trainer)}") from error
+    if not args.eval_only and not args.no_train:
+        save_run(trainer, cfg, results)
     return Run(trainer, cfg, results)
 
 
