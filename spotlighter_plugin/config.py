@@ -53,10 +53,10 @@ PRESETS = {
         "recalculate": False,
         "prototypes_in": "none",
         "prototype_logits": True,
-        "losses": ("reg_text", "kl_visual", "local"),
-        "stages": ((-2, 0.75),),
+        "losses": ("reg_text", "kl_visual"),
+        "stages": (),
         "merge": 0,
-        "share": 0.0,
+        "share": 0.5,
         "fuse_dropped": True,
     },
 }
