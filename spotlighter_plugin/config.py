@@ -221,7 +221,7 @@ class SpotlighterConfig:
                 schedule of this tower spends ``share``.
         """
         if self.share:
-            return steps(tower, *place(self.share, tower, self.fuse_dropped), self.fuse_dropped)
+            return steps(tower, *place(self.share, tower, self.fuse_dropped, "share" in self._given), self.fuse_dropped)
         return steps(tower, self.cuts(tower.tokens, tower.blocks), self.merge, self.fuse_dropped)
 
     def cuts(self, n_tokens: int, n_blocks: int) -> list[tuple[int, int]]:

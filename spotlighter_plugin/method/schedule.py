@@ -57,14 +57,14 @@ def steps(tower: Tower, cuts: list[tuple[int, int]], merge: int = 0, fuses: bool
     return way
 
 
-def place(share: float, tower: Tower, fuses: bool = False) -> tuple[list[tuple[int, int]], int]:
+def place(share: float, tower: Tower, fuses: bool = False, exact: bool = True) -> tuple[list[tuple[int, int]], int]:
     """Merges and a cut that spend a share of the host's operations: [(s, k)] and r, as ``steps`` takes them.
 
     r tokens are merged before each of blocks 1…L-2, and before the last, s = L-1, of what is left at least half goes
     on. Measured by ``tools/operations.py``: at equal operations cuts before two thirds of the depth lose more.
 
     Raises:
-        ValueError: no such schedule of this tower comes within 0.02 of it.
+        ValueError: no such schedule of this tower comes within 0.02 of it; if not ``exact`` the nearest is taken.
     """
     last, reached = tower.blocks - 1, {}
     for r in range(tower.tokens // 2 + 1):
@@ -74,7 +74,7 @@ def place(share: float, tower: Tower, fuses: bool = False) -> tuple[list[tuple[i
         if left <= 2:
             break
     k, r = min(reached, key=lambda each: abs(reached[each] - share))
-    if abs(reached[k, r] - share) > 0.02:
+    if exact and abs(reached[k, r] - share) > 0.02:
         low, high = min(reached.values()), max(reached.values())
         raise ValueError(
             f"TRAINER.SPOTLIGHTER.SHARE = {share}: with {tower.blocks} blocks and {tower.tokens} tokens the nearest "
