@@ -179,10 +179,32 @@ class SpotlighterWrapper(Pretrained, nn.Module):
                     seen += labels[new].bincount(minlength=len(seen))
             if rows:
                 own = torch.cat(own).float() if adapter.gives_logits else None
-                texts = batch.text, adapter.templates(), batch.scale.item()
-                memory.remember(torch.cat(embeddings), torch.cat(rows), *texts, own, not adapter.guesses_labels)
-                self.refresh()
+                self.learn(torch.cat(embeddings), torch.cat(rows), own)
         return sum(map(len, rows))
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def learn(self, embeddings: Tensor, labels: Tensor, own: Tensor | None = None) -> None:
+        """``remember`` images of which ``image_embeddings`` are known: (n, d), and the classes (n,) to file them under.
+
+        own: the host's logits (n, C) of these images, where the host keeps its own.
+        """
+        adapter = self._adapter()
+        batch = self._begin(adapter, embeddings)[1]
+        texts = batch.text, adapter.templates(), batch.scale.item()
+        self.plugin.memory.remember(embeddings, labels, *texts, own, not adapter.guesses_labels)
+        self.refresh()
+
+    def classify(self, embeddings: Tensor) -> Tensor:
+        """Logits (B, C) of images of which ``image_embeddings`` are known, (B, d).
+
+        Raises:
+            ValueError: a mapping reads an image's tokens, or the host keeps its own logits: an embedding has neither.
+        """
+        adapter = self._adapter()
+        if self.plugin.mapping.trm is not None or adapter.gives_logits:
+            raise ValueError("classify: the logits of this model need images, embeddings say too little")
+        return self._begin(adapter, embeddings)[1].logits(embeddings, None)
 
     @contextmanager
     def _evaluating(self):

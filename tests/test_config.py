@@ -3,7 +3,7 @@
 import pytest
 from yacs.config import CfgNode
 
-from spotlighter_plugin.config import PRESETS, SpotlighterConfig, extend_cfg, from_cfg
+from spotlighter_plugin.config import PLACING, PRESETS, SpotlighterConfig, extend_cfg, from_cfg
 
 
 def tree(*options):
@@ -16,7 +16,8 @@ def tree(*options):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_sets_every_option_that_nobody_set(preset):
     config = from_cfg(tree("TRAINER.SPOTLIGHTER.PRESET", preset))
-    assert {name: getattr(config, name) for name in PRESETS[preset]} == PRESETS[preset]
+    placed = dict.fromkeys(PLACING) if config.share else {}  # SHARE places them itself
+    assert {name: getattr(config, name) for name in PRESETS[preset]} == PRESETS[preset] | placed
 
 
 def test_every_preset_sets_the_same_options():
@@ -143,10 +144,10 @@ def test_a_share_is_of_the_towers_tokens_and_keeps_no_fewer_than_the_next_cut():
     assert config.cuts(49, 12) == [(3, 32), (5, 32), (11, 32)]
 
 
-def test_a_presets_stages_go_with_its_block():
-    assert SpotlighterConfig().cuts(144, 6) == [(4, 108), (5, 48)]
-    assert SpotlighterConfig(top_k=140).cuts(144, 6) == [(4, 140), (5, 140)]
-    assert SpotlighterConfig(select_block=5).cuts(144, 6) == [(5, 48)]
+def test_a_presets_share_gives_way_to_a_cut_of_ones_own():
+    assert SpotlighterConfig().share == 0.5
+    assert SpotlighterConfig(top_k=140).share == 0 and SpotlighterConfig(top_k=140).cuts(144, 6) == [(5, 140)]
+    assert SpotlighterConfig(select_block=3).cuts(144, 6) == [(3, 48)]
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ def test_a_memory_of_single_shots_or_of_another_width_is_refused_in_one_line():
     kept = remembered()
     with pytest.raises(ValueError, match="remember them anew"):
         kept.load_state_dict({"keys": torch.zeros(5, 1, 1, 8)}, strict=False)
-    with pytest.raises(ValueError, match="4 wide .* 6: set MODEL.BACKBONE.NAME"):
+    with pytest.raises(ValueError, match="0 wide, 4 out, .* 0 wide, 6 out: set MODEL.BACKBONE.NAME"):
         ClassMemory(NAMES, 6).load_state_dict(kept.state_dict())
 
 

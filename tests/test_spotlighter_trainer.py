@@ -52,7 +52,7 @@ def test_losses_that_reach_nothing_are_named_once(tmp_path, options, capsys):
     trainer = spotlighter(tmp_path, options, S + "MAPPING", "none", S + "PROTOTYPE_LOGITS", False)
     trainer.train()
     assert (
-        capsys.readouterr().out.count("Left out, because nothing that is trained changes them: kl_visual, local") == 1
+        capsys.readouterr().out.count("Left out, because nothing that is trained changes them: kl_visual") == 1
     )
 
 

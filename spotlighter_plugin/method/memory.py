@@ -77,6 +77,7 @@ class ClassMemory(NamedClasses):
     Args:
         class_names: the model's C classes.
         dim: d of the texts' space.
+        width: w of the vision tower, by which another one's memory is told.
 
     Attributes:
         centre, metric, spread, means, counts: the ``Gaussians``; the means in half precision.
@@ -85,9 +86,10 @@ class ClassMemory(NamedClasses):
         choice: what ``weigh`` found; None before ``remember`` and after loading.
     """
 
-    def __init__(self, class_names: list[str], dim: int):
+    def __init__(self, class_names: list[str], dim: int, width: int = 0):
         super().__init__(class_names)
         self.choice: Choice | None = None
+        self.register_buffer("tower", torch.tensor(width))
         self.register_buffer("centre", torch.zeros(dim))
         self.register_buffer("metric", torch.zeros(dim, dim))
         self.register_buffer("spread", torch.zeros(dim))
@@ -157,11 +159,12 @@ class ClassMemory(NamedClasses):
     def _load_from_state_dict(self, state_dict, prefix, *args):
         if prefix + "keys" in state_dict:
             raise ValueError("the checkpoint remembers single shots, as version 0.1 did: remember them anew")
-        saved, own = state_dict.get(prefix + "centre"), self.centre
-        if saved is not None and saved.shape != own.shape:
+        width, centre = state_dict.get(prefix + "tower", self.tower), state_dict.get(prefix + "centre", self.centre)
+        if width != self.tower or centre.shape != self.centre.shape:
+            sizes = ((width, centre), (self.tower, self.centre))
+            saved, own = (f"{int(w)} wide, {len(c)} out" for w, c in sizes)
             raise ValueError(
-                f"the checkpoint's memory is {len(saved)} wide and this model's texts {len(own)}: set "
-                "MODEL.BACKBONE.NAME as in training"
+                f"the checkpoint's memory is of a tower {saved}, this one is {own}: set MODEL.BACKBONE.NAME as in training"
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.choice, self.is_ready = None, bool((self.counts > 0).any())

@@ -28,7 +28,7 @@ class Plugin(nn.Module):
         super().__init__()
         self.mapping = Mapping(config, width, dim, heads)
         self.bank = SemanticMemoryBank(class_names, config.prototypes, width) if config.uses_bank else None
-        self.memory = ClassMemory(class_names, dim) if config.prototype_logits else None
+        self.memory = ClassMemory(class_names, dim, width) if config.prototype_logits else None
         self._constants = {}
 
     def constant(self, name: str, make, device: torch.device, host: nn.Module | None = None) -> Any:

@@ -32,6 +32,7 @@ def command(
     rows: Annotated[list[str], typer.Option(help="rows by name (default: all)")] = (),
     show: Annotated[bool, typer.Option("--show", help="run nothing: print what is kept")] = False,
     again: Annotated[bool, typer.Option("--again", help="run rows although their results are kept")] = False,
+    every: Annotated[int, typer.Option(min=1, help="judge each N-th test picture")] = 1,
     cross: Annotated[bool, typer.Option(help="judge what learned on the first data set on the others, too")] = True,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the records there")] = None,
     results: Annotated[Path | None, typer.Option(help="finished rows (default: results/evidence_HOST.npz)")] = None,
@@ -52,7 +53,7 @@ def command(
         raise FileNotFoundError(f"{path}: no finished rows are kept there; run without --show")
     console, kept = Console(), Results(path)
     if not show:
-        laboratory = Laboratory(kind, kept, root, FOLDER, again)
+        laboratory = Laboratory(kind, kept, root, FOLDER, again, every)
         laboratory.run(known, files, list(seeds), files[0] if cross and len(files) > 1 else None)
 
     listed, sets = [row.name for row in known], [configuration(file, 1, root).DATASET.NAME for file in files]

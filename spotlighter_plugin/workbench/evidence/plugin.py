@@ -1,5 +1,6 @@
 """Spotlighter's own rows: attached to a trained host or trained with it, through the wrapper's public calls."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,7 +17,6 @@ from .judge import Answers, answers_of
 from .tasks import FrozenTower, Scenes, Task
 
 BATCH = 256  # pictures in one pass of the tower's rest
-SPARSE = 5  # every fifth held-out picture tells whether one list of classes is enough
 ALIKE = 0.05  # how far logits from kept states may be off those from pictures, in units of their spread
 
 
@@ -33,7 +33,6 @@ class Attached:
     task: Task
     state: dict
     block: int | str
-    _enough: bool | None = None
 
     def wrapper(self, names: list[str], device) -> SpotlighterWrapper:
         wrapper = SpotlighterWrapper(self.host.model(names, device), self.config, class_names=list(names)).to(device)
@@ -43,38 +42,37 @@ class Attached:
 
     @torch.no_grad()
     def answers(self, scenes: Scenes, tower: FrozenTower) -> Answers:
-        """Base pictures among the base classes, new ones among the new, and all among all: three lists of classes.
-
-        Where the halves' lists give some pictures the answers that the whole list's columns give, these are enough.
-        """
-        view, known = View(tower, self.block), self.task.known
-        if self._columns_are_enough(tower):
-            return answers_of(self._logits(self.task.names, scenes, view), scenes.labels, known)
-        one = answers_of(self._logits(self.task.names, scenes, view), scenes.labels, known).one
-        own, is_base = np.zeros(len(one), bool), (scenes.labels < known).numpy()
+        """Base pictures among the base classes, new ones among the new, and all among all: three lists of classes."""
+        one = answers_of(self._logits(self.task.names, scenes, tower), scenes.labels, self.task.known).one
+        own, is_base = np.zeros(len(one), bool), (scenes.labels < self.task.known).numpy()
         for (low, high), mine in zip(self._halves(), (is_base, ~is_base), strict=True):
             some = scenes.of_classes(low, high)
-            own[mine] = (self._logits(self.task.names[low:high], some, view).argmax(1) == some.labels - low).numpy()
+            found = self._logits(self.task.names[low:high], some, tower).argmax(1)
+            own[mine] = (found == some.labels - low).numpy()
         return Answers(own, one)
-
-    def _columns_are_enough(self, tower: FrozenTower) -> bool:
-        """Whether a picture's answer among its own half is that of its half's columns; asked of held-out pictures."""
-        if self._enough is None:
-            view, task = View(tower, self.block), self.task
-            self._enough = True
-            for (low, high), scenes in zip(self._halves(), (task.held_out, task.others), strict=True):
-                few = Scenes(scenes.paths[::SPARSE], scenes.labels[::SPARSE])
-                columns = self._logits(task.names, few, view)[:, low:high]
-                own = self._logits(task.names[low:high], few, view)
-                self._enough &= torch.equal(columns.argmax(1), own.argmax(1))
-        return self._enough
 
     def _halves(self):
         return (0, self.task.known), (self.task.known, len(self.task.names))
 
-    def _logits(self, names, scenes: Scenes, view: View) -> Tensor:
-        wrapper = view.start(self.wrapper(names, view.tower.device))
+    def _logits(self, names, scenes: Scenes, tower: FrozenTower) -> Tensor:
+        wrapper = self.wrapper(names, tower.device)
+        if self.looks_alike:
+            return wrapper.classify(self.embeddings(wrapper, scenes.paths, tower)).float().cpu()
+        view = View(tower, self.block)
+        view.start(wrapper)
         return torch.cat([wrapper(states).float().cpu() for states, _ in batches(scenes, view)])
+
+    @property
+    def looks_alike(self) -> bool:
+        """Whether an image's embedding is the same whatever the texts, the host and the shots: it is kept on disk."""
+        config = self.config
+        plain = config.mapping == "none" and not config.semantic_activation and config.activation != "lens"
+        return plain and self.host.keeps_tower
+
+    def embeddings(self, wrapper: SpotlighterWrapper, paths: list[str], tower: FrozenTower) -> Tensor:
+        """v of pictures as the wrapper sees them: (n, d)."""
+        way = repr((wrapper.steps, self.config.activation, self.config.fuse_dropped, self.config.seed))
+        return tower.features(paths, hashlib.blake2b(way.encode(), digest_size=4).hexdigest(), wrapper.image_embeddings)
 
 
 def attach(host: Host, config: SpotlighterConfig, task: Task, learned: Task, tower: FrozenTower) -> Attached:
@@ -84,9 +82,13 @@ def attach(host: Host, config: SpotlighterConfig, task: Task, learned: Task, tow
     wrapper = attached.wrapper(learned.names[: learned.known], tower.device)
     attached.block = first_hooked(wrapper) if host.keeps_tower else PICTURES
     if not host.plugin:
-        view = View(tower, attached.block)
-        view.start(wrapper)
-        wrapper.remember(batches(learned.shots, view))
+        if attached.looks_alike:
+            shots = learned.shots
+            wrapper.learn(attached.embeddings(wrapper, shots.paths, tower), shots.labels.to(tower.device))
+        else:
+            view = View(tower, attached.block)
+            view.start(wrapper)
+            wrapper.remember(batches(learned.shots, view))
         attached.state = {name: value.detach().cpu() for name, value in wrapper.state_dict().items()}
     return attached
 

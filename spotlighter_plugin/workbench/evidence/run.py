@@ -18,7 +18,7 @@ class Laboratory:
 
     Args:
         root: folder of the data sets. folder: of what saves time in another run.
-        again: run rows although their results are there.
+        again: run rows although their results are there. every: judge each ``every``-th test picture.
     """
 
     kind: Kind
@@ -26,6 +26,7 @@ class Laboratory:
     root: str
     folder: Path
     again: bool = False
+    every: int = 1
     _towers: dict = field(default_factory=dict)
     _tasks: dict = field(default_factory=dict)
 
@@ -67,7 +68,7 @@ class Laboratory:
 
     def task(self, dataset: str, seed: int) -> Task:
         if (dataset, seed) not in self._tasks:
-            self._tasks[dataset, seed] = load_task(configuration(dataset, seed, self.root))
+            self._tasks[dataset, seed] = load_task(configuration(dataset, seed, self.root), self.every)
         return self._tasks[dataset, seed]
 
     def _is_there(self, row: Row, dataset: str, source: str, seed: int) -> bool:

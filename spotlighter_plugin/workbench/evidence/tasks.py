@@ -5,7 +5,7 @@ import hashlib
 import io
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,13 +81,16 @@ def configuration(
     return setup_cfg(parse([*flags, *(str(x) for pair in opts.items() for x in pair)]), import_trainers_and_datasets())
 
 
-def load_task(cfg) -> Task:
-    """The base-to-new task of a configuration's data set: the first half of the classes (the larger one) is known."""
+def load_task(cfg, every: int = 1) -> Task:
+    """The base-to-new task of a configuration's data set: the first half of the classes (the larger one) is known.
+
+    every: of the test pictures each ``every``-th is judged.
+    """
     with contextlib.redirect_stdout(io.StringIO()):
         data = build_dataset(cfg)
     parts = {
         part: Scenes([item.impath for item in items], torch.tensor([item.label for item in items], dtype=torch.long))
-        for part, items in (("train", data.train_x), ("val", data.val or []), ("test", data.test))
+        for part, items in (("train", data.train_x), ("val", data.val or []), ("test", data.test[::every]))
     }
     classes, known = data.num_classes, math.ceil(data.num_classes / 2)
     if not parts["val"].paths:
@@ -122,8 +125,7 @@ class FrozenTower:
         for tensor in self.clip.state_dict().values():
             digest.update(tensor.cpu().numpy().tobytes())
         self.fingerprint = digest.hexdigest()
-        self._file = Path(folder) / f"{self.fingerprint}-{self.dataset}.npz"
-        self._known, self._row, self._states = None, {}, {}
+        self._folder, self._known, self._row, self._states = Path(folder), {}, {}, {}
 
     def pictures(self, paths: list[str]) -> Tensor:
         """(n, 3, h, w), normalized, on the device."""
@@ -131,20 +133,22 @@ class FrozenTower:
             return torch.stack(list(pool.map(lambda path: self.transform(read_image(path)), paths))).to(self.device)
 
     @torch.no_grad()
-    def features(self, paths: list[str]) -> Tensor:
-        """CLS in the joint space, (n, d) float32 of unit length; each picture is read and computed once."""
-        if self._known is None:
-            self._read()
-        new = [path for path in dict.fromkeys(paths) if path not in self._row]
+    def features(self, paths: list[str], way: str = "", see: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """CLS in the joint space, (n, d) float32 of unit length; each picture is read and computed once.
+
+        way, see: a name for another way to look at pictures, and that way.
+        """
+        known, row = self._read(way), self._row.setdefault(way, {})
+        new = [path for path in dict.fromkeys(paths) if path not in row]
         prints = {path: hashlib.blake2b(Path(path).read_bytes(), digest_size=16).digest() for path in new}
-        unseen = list({prints[path]: path for path in new if prints[path] not in self._known}.values())
+        unseen = list({prints[path]: path for path in new if prints[path] not in known}.values())
         for i, part in enumerate(chunks(unseen), 1):
-            seen = self.vision(self.pictures(part)).float()
-            self._known |= {prints[p]: f for p, f in zip(part, F.normalize(seen, dim=-1).cpu().numpy(), strict=True)}
+            seen = (see or self.vision)(self.pictures(part)).float()
+            known |= {prints[p]: f for p, f in zip(part, F.normalize(seen, dim=-1).cpu().numpy(), strict=True)}
             if i % 8 == 0 or i * BATCH >= len(unseen):
-                self._write()
-        self._row |= {path: self._known[prints[path]] for path in new}
-        return torch.from_numpy(np.stack([self._row[path] for path in paths])).to(self.device)
+                self._write(way)
+        row |= {path: known[prints[path]] for path in new}
+        return torch.from_numpy(np.stack([row[path] for path in paths])).to(self.device)
 
     @torch.no_grad()
     def states(self, paths: list[str], block: int) -> Tensor:
@@ -175,16 +179,23 @@ class FrozenTower:
         finally:
             hook.remove()
 
-    def _read(self) -> None:
-        self._known = {}
-        if self._file.exists():
-            with np.load(self._file) as data:
-                self._known = {row.tobytes(): f for row, f in zip(data["prints"], data["features"], strict=True)}
+    def _file(self, way: str) -> Path:
+        return self._folder / f"{self.fingerprint}-{self.dataset}{way and '-' + way}.npz"
 
-    def _write(self) -> None:
-        prints = np.frombuffer(b"".join(self._known), dtype=np.uint8).reshape(len(self._known), -1)
-        with written_aside(self._file) as aside, open(aside, "wb") as file:
-            np.savez(file, prints=prints, features=np.stack(list(self._known.values())))
+    def _read(self, way: str) -> dict[bytes, np.ndarray]:
+        if way not in self._known:
+            self._known[way] = {}
+            if self._file(way).exists():
+                with np.load(self._file(way)) as data:
+                    pairs = zip(data["prints"], data["features"], strict=True)
+                    self._known[way] = {row.tobytes(): f for row, f in pairs}
+        return self._known[way]
+
+    def _write(self, way: str) -> None:
+        known = self._known[way]
+        prints = np.frombuffer(b"".join(known), dtype=np.uint8).reshape(len(known), -1)
+        with written_aside(self._file(way)) as aside, open(aside, "wb") as file:
+            np.savez(file, prints=prints, features=np.stack(list(known.values())))
 
 
 class written_aside:
