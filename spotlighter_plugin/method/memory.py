@@ -164,7 +164,7 @@ class ClassMemory(NamedClasses):
             sizes = ((width, centre), (self.tower, self.centre))
             saved, own = (f"{int(w)} wide, {len(c)} out" for w, c in sizes)
             raise ValueError(
-                f"the checkpoint's memory is of a tower {saved}, this one is {own}: set MODEL.BACKBONE.NAME as in training"
+                f"the checkpoint's memory is of a tower {saved}, this one is {own}: set MODEL.BACKBONE.NAME as then"
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.choice, self.is_ready = None, bool((self.counts > 0).any())
