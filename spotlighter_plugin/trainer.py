@@ -3,6 +3,7 @@
 import os
 import os.path as osp
 import random
+import re
 import warnings
 from functools import cache
 from importlib import import_module
@@ -129,7 +130,7 @@ class SpotlighterTrainerMixin:
         file_name = "model-best.pth.tar" if epoch is None else f"model.pth.tar-{epoch}"
         path = osp.join(directory, self.folder, file_name)
         if not osp.isdir(osp.dirname(path)):
-            print(f"No Spotlighter state in {directory}: the host's checkpoint was trained without it")
+            self._attach(directory, epoch)
             return
         if not osp.exists(path):
             raise FileNotFoundError(f'Model not found at "{path}": set --model-dir and --load-epoch')
@@ -138,6 +139,30 @@ class SpotlighterTrainerMixin:
         if plugin.memory is not None and not plugin.memory.is_ready:
             print(f"Note: {path} was saved to go on from, in the middle of training: it remembers no shots")
         print(f'Loaded {self.folder} from "{path}" (epoch = {checkpoint["epoch"]})')
+
+    def _attach(self, directory, epoch):
+        """Beside a host that was trained without the plug-in: learn from the shots that it was trained on, if this run
+        has them, and save both in the output folder, from where they are loaded for other classes."""
+        dataset, theirs = self.cfg.DATASET, data_of(directory)
+        if theirs != (dataset.NAME, str(dataset.get("SUBSAMPLE_CLASSES", "all"))):
+            trained_on = f"({theirs[0]}, {theirs[1]} classes)" if theirs else "(no log.txt there says what)"
+            print(
+                f"No Spotlighter state in {directory}: nothing is remembered. Evaluate it on what it was trained on "
+                f"{trained_on}, with an --output-dir, and take that as --model-dir"
+            )
+            return
+        print(f"No Spotlighter state in {directory}: attached to it without training")
+        self._remember()
+        folder = self.cfg.OUTPUT_DIR
+        if osp.realpath(folder) == osp.realpath(directory):
+            return
+        self.is_remembered = True
+        if epoch is None:
+            self.save_model(0, folder, model_name="model-best.pth.tar")
+        else:
+            self.save_model(epoch - 1, folder)
+        self.is_remembered = False
+        print(f"Saved in {folder}: as --model-dir it serves other classes, too")
 
     def shot_loader(self) -> DataLoader:
         """The training images, once each and without augmentation; of very many some, twice what the memory holds."""
@@ -225,6 +250,17 @@ class SpotlighterAttachedMixin(SpotlighterTrainerMixin):
 
     def _precision(self):
         return "fp32"  # the host's own forward sees to its own
+
+
+def data_of(directory: str) -> tuple[str, str] | None:
+    """Data set and classes (all, base or new) that a run was trained on, by its log.txt, if it has one."""
+    path = osp.join(directory, "log.txt")
+    if not osp.isfile(path):
+        return None
+    with open(path, encoding="utf-8", errors="replace") as file:
+        settings = re.search(r"^DATASET:\n((?:  .*\n)+)", file.read(), re.MULTILINE)
+    given = dict(re.findall(r"^  (\w+): (.*)$", settings[1], re.MULTILINE)) if settings else {}
+    return (given["NAME"], given.get("SUBSAMPLE_CLASSES", "all")) if "NAME" in given else None
 
 
 def hand_written_texts(cfg, class_names: list[str], device: torch.device) -> torch.Tensor:

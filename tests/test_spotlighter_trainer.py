@@ -167,6 +167,28 @@ def test_a_checkpoint_in_the_middle_of_training_says_that_it_remembers_nothing(t
         assert ("remembers no shots" in capsys.readouterr().out) == is_said
 
 
+def test_a_trained_host_remembers_its_shots_without_training_and_serves_new_classes(tmp_path, options, capsys):
+    def made(name, trainer, classes):
+        module = "coop_spotlighter" if trainer.endswith("Spotlighter") else "coop"
+        given = options if module == "coop_spotlighter" else options[:4]
+        folder = "OUTPUT_DIR", str(tmp_path / name), "DATASET.SUBSAMPLE_CLASSES", classes
+        return make_trainer(tmp_path, trainer, module, *given, *folder)
+
+    host = made("host", "CoOp", "base")
+    host.train()
+    (tmp_path / "host/log.txt").write_text(f"** Config **\n************\n{host.cfg}\n")
+    new = made("new", "CoOpSpotlighter", "new")
+    new.load_model(host.output_dir, epoch=2)
+    assert "nothing is remembered" in capsys.readouterr().out and not new.model.plugin.memory.is_ready
+    base = made("base", "CoOpSpotlighter", "base")
+    base.load_model(host.output_dir, epoch=2)
+    assert "Memory of 12 shots" in capsys.readouterr().out
+    assert torch.equal(base.model.host.prompt_learner.ctx, host.model.prompt_learner.ctx)
+    new.load_model(base.output_dir, epoch=2)
+    assert same(state_of(new), state_of(base) | {k: v for k, v in state_of(new).items() if "token_" in k})
+    assert new.model.plugin.memory.class_names == base.model.class_names != new.model.class_names
+
+
 def test_of_a_large_training_set_a_fixed_sample_of_twice_what_the_memory_holds_is_looked_at(tmp_path, options):
     trainer = spotlighter(tmp_path, options, "TRAINER.SPOTLIGHTER.MATCH_SHOTS", 1)
     seen = [[path for batch in trainer.shot_loader() for path in batch["impath"]] for _ in range(2)]

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...config import SpotlighterConfig
+from ...trainer import template_texts
 from ...wrapper import SpotlighterWrapper
 from ..speed.stopwatch import operations
 from .hosts import PICTURES, Host, View
@@ -33,12 +34,22 @@ class Attached:
     task: Task
     state: dict
     block: int | str
+    _texts: dict = field(default_factory=dict)
 
     def wrapper(self, names: list[str], device) -> SpotlighterWrapper:
         wrapper = SpotlighterWrapper(self.host.model(names, device), self.config, class_names=list(names)).to(device)
+        if wrapper.adapter.hand_written_text:
+            wrapper.adapter.set_templates(lambda: self._templates(names, device))
         if self.state:
             wrapper.load_state_dict(self.state)
         return wrapper.eval()
+
+    def _templates(self, names, device) -> Tensor:
+        """Texts of the data set's templates, encoded once."""
+        key = tuple(names)
+        if key not in self._texts:
+            self._texts[key] = template_texts(self.host.cfg, names, device)
+        return self._texts[key]
 
     @torch.no_grad()
     def answers(self, scenes: Scenes, tower: FrozenTower) -> Answers:
@@ -77,7 +88,7 @@ class Attached:
 
 def attach(host: Host, config: SpotlighterConfig, task: Task, learned: Task, tower: FrozenTower) -> Attached:
     """Put Spotlighter on a trained host. Unless it was trained with it, it now remembers what is to be learned, the
-    task's shots as a rule, and is weighed on what is held out of the known classes."""
+    task's shots as a rule."""
     attached = Attached(host, config, task, host.plugin, 0)
     wrapper = attached.wrapper(learned.names[: learned.known], tower.device)
     attached.block = first_hooked(wrapper) if host.keeps_tower else PICTURES
