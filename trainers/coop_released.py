@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from spotlighter_plugin.method.activation import attention_score
+from spotlighter_plugin.method.layout import layout_of
 from spotlighter_plugin.towers.prompts import normalize
 
 from .coop import CoOp, CustomCLIP
@@ -88,7 +89,8 @@ class ReleasedCLIP(CustomCLIP):
         self.encode_image(image)
         for hook in hooks:
             hook.remove()
-        attention = attention_score(caught["entering"], last, len(caught["entering"]) - 1)  # (B, N)
+        gaze = layout_of(vision).gaze(len(vision.transformer.resblocks) - 1)
+        attention = attention_score(caught["entering"], gaze)[:, 1:]  # (B, N)
         joint = vision.ln_post(caught["leaving"]).transpose(0, 1) @ vision.proj  # (B, 1+N, d)
         return joint, 1 + attention.topk(BEST, 1).indices
 
