@@ -56,7 +56,7 @@ PRESETS = {
         "losses": ("reg_text", "kl_visual"),
         "stages": (),
         "merge": 0,
-        "share": 0.5,
+        "share": 0.8,
         "fuse_dropped": True,
     },
 }

@@ -181,7 +181,10 @@ def test_a_sweep_is_every_combination():
     settings = bench.swept({"backbone": SMALL}, "select_block=1,-1,top_k=4,8,16")
     assert [(s.select_block, s.top_k) for s in settings] == [(1, 4), (1, 8), (1, 16), (-1, 4), (-1, 8), (-1, 16)]
     settings = bench.swept({"backbone": "ViT-B/16"}, "preset=default,paper")
-    assert [[(step.block, step.kept) for step in s.steps] for s in settings] == [[(10, 147), (11, 48)], [(11, 32)]]
+    assert [[(step.block, step.kept) for step in s.steps] for s in settings] == [
+        [*((block, 196 - 7 * block) for block in range(1, 11)), (11, 106)],
+        [(11, 32)],
+    ]
 
 
 def test_the_command_writes_records_and_a_picture(tmp_path, capsys):

@@ -252,7 +252,7 @@ def test_a_hosts_checkpoint_from_before_loads_and_one_from_after_loads_without_t
     plain.train()
     attached = make(host, S + "TOP_K", ALL, "OUTPUT_DIR", str(tmp_path / "with"), "OPTIM.MAX_EPOCH", 1)
     attached.load_model(str(tmp_path / "out"), epoch=1)
-    assert "trained without it" in capsys.readouterr().out
+    assert "No Spotlighter state in" in capsys.readouterr().out
     images = batch_of(plain)["img"]
     assert same(state_of(attached.model.host), state_of(plain.model))
     torch.testing.assert_close(logits_of(attached, images), logits_of(plain, images), atol=1e-4, rtol=1e-4)

@@ -95,7 +95,8 @@ def test_promptkd_trains_once_for_both_halves_and_anew_for_each_target(home):
     assert len(chain) == 1 and "TRAINER.MODAL base2novel" in " ".join(chain[0].arguments)
     assert "shots_0" in str(chain[0].folder)
     chains = plan(home, "crossdataset", hosts=("PromptKD",), datasets=("dtd", "caltech101")).chains()
-    assert [chain[0].arguments[-6:-2] for chain in chains] == [("DATASET.NUM_SHOTS", "0", "TRAINER.MODAL", "cross")] * 2
+    for chain in chains:
+        assert "DATASET.NUM_SHOTS 0 TRAINER.MODAL cross" in " ".join(chain[0].arguments)
 
 
 def test_every_data_set_that_a_protocol_names_has_a_config():

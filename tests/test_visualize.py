@@ -88,9 +88,9 @@ def runs(tmp_path_factory):
     return {name: trainer.cfg.OUTPUT_DIR for name, trainer in made.items()} | {"trained": made}
 
 
-def test_a_run_of_spotlighter_is_loaded_with_its_bank(runs):
+def test_a_run_of_spotlighter_is_loaded_with_its_memory(runs):
     loaded, trained = visualize.load_run(runs["CoOpSpotlighter"]).model, runs["trained"]["CoOpSpotlighter"].model
-    assert torch.equal(loaded.plugin.bank.prototypes, trained.plugin.bank.prototypes)
+    assert loaded.plugin.memory.is_ready and torch.equal(loaded.plugin.memory.means, trained.plugin.memory.means)
     assert torch.equal(loaded.host.prompt_learner.ctx, trained.host.prompt_learner.ctx)
     assert not loaded.training
 
@@ -172,7 +172,7 @@ def bad_inputs(folder, picture, backbone):
         (["tokens", folder / "none.png", "--backbone", backbone, "--top-k", 4], "none.png: no such picture"),
         (["tokens", folder / "broken.png", "--backbone", backbone, "--top-k", 4], "broken.png is no readable picture"),
         (["tokens", picture, "--backbone", "RN5000"], "RN5000"),
-        (["tokens", picture, "--backbone", backbone], "TOP_K = 48"),
+        (["tokens", picture, "--backbone", backbone, "--top-k", 48], "TOP_K = 48"),
         (["tokens", picture, "--run", folder], "config.yaml"),
         ([*lit, "--activation", "sight"], "sight"),
         ([*lit, "--output", folder / "a.bmp"], ".bmp"),

@@ -106,8 +106,8 @@ def draw(found: list[tuple], path: Path) -> None:
     for axis, column, label in zip(figure.subplots(1, 2), (2, 6), ("right, %", "host's answer, %"), strict=True):
         for kind, mark in kinds.items():
             points = sorted((row[1], row[column]) for row in found if row[0].startswith(kind))
-            name = kind.removesuffix(", r")
-            axis.plot(*zip(*points, strict=True), "-" if mark in "s^" else "", marker=mark, label=name)
+            line = "-" if mark in "s^" else ""
+            axis.plot(*zip(*points, strict=True), line, marker=mark, label=kind.removesuffix(", r"))
         axis.axhline(next(row[column] for row in found if row[0] == "host"), color="black", lw=0.8)
         axis.set_xlabel("share of the host's operations")
         axis.set_ylabel(label)

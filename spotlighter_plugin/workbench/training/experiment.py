@@ -77,7 +77,7 @@ class Laboratory:
         self,
         dataset: str,
         root: str = "data",
-        block: int | None = -2,
+        block: int | None = 1,
         classes: tuple[str, str] = ("base", "new"),
         thin: int = 1,
         say: Callable[[str], None] = lambda what: None,
