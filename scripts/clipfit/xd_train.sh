@@ -1,8 +1,0 @@
-#!/usr/bin/env bash
-# Train on all classes of ImageNet (or of SOURCE): xd_train.sh SEED
-# With Spotlighter: TRAINER=CLIPFitSpotlighter xd_train.sh ...
-TRAINER=${TRAINER:-CLIPFit}
-source "$(dirname "$0")/../common.sh"
-usage "SEED" $# 1
-SOURCE=${SOURCE:-imagenet}
-train "$SOURCE" "$1" "$OUTPUT/$SOURCE/$TRAINER/${CFG}_${SHOTS}shots/seed$1" DATASET.NUM_SHOTS "$SHOTS" "${@:2}"
