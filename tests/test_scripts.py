@@ -58,19 +58,20 @@ def test_cross_scripts_make_the_sweeps_folders(home):
 
 def test_few_shot_scripts_make_the_sweeps_folders(home):
     script(home, "few_shot", "dtd", 4)
-    script(home, "promptkd/few_shot", "dtd", 4)
+    script(home, "few_shot", "dtd", 4, "TRAINER.MODAL", "cross", TRAINER="PromptKD")
     assert folders(home) == planned(home, "fewshot", ("CoOp", "PromptKD"), ("dtd",), shots=(4,))
 
 
 def test_promptkd_and_zero_shot_scripts_make_the_sweeps_folders(home):
-    script(home, "promptkd/base2new_train", "dtd", 1)
-    script(home, "zsclip/zeroshot", "dtd")
+    options = "DATASET.SUBSAMPLE_CLASSES", "all", "TRAINER.MODAL", "base2novel"
+    script(home, "base2new_train", "dtd", 1, *options, TRAINER="PromptKD", SHOTS="0")
+    script(home, "zeroshot", "dtd")
     both = planned(home, "base2new", ("PromptKD", "ZeroshotCLIP"), ("dtd",), (1,))
     assert folders(home) == both | planned(home, "fewshot", ("ZeroshotCLIP",), ("dtd",), (1,))
 
 
 def test_promptkd_is_distilled_anew_on_each_target(home):
-    script(home, "promptkd/xd_train", "dtd", 1)
+    script(home, "few_shot", "dtd", 0, "TRAINER.MODAL", "cross", TRAINER="PromptKD", SEEDS="1")
     assert folders(home) == planned(home, "crossdataset", ("PromptKD",), ("dtd",), (1,))
 
 

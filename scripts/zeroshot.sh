@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Zero-shot CLIP on the base, the new and all classes: zeroshot.sh DATASET
 TRAINER=ZeroshotCLIP
-source "$(dirname "$0")/../common.sh"
+source "$(dirname "$0")/common.sh"
 usage "DATASET" $# 1
 COMMON=$1/shots_$SHOTS/$TRAINER/$CFG/seed1
 for half in train_base:base test_new:new; do
