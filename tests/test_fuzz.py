@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from dassl_kit import draw_squares, squares_args
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -31,8 +31,12 @@ from spotlighter_plugin.workbench.training.train import main
 
 
 def inputs(number):
-    number *= int(os.environ.get("SPOTLIGHTER_FUZZ", "1"))
-    return settings(max_examples=number, deadline=None, suppress_health_check=list(HealthCheck))
+    """The same inputs every time; with SPOTLIGHTER_FUZZ N, N times as many and other ones."""
+    times = int(os.environ.get("SPOTLIGHTER_FUZZ", "0"))
+    return settings(
+        max_examples=number * max(times, 1), derandomize=not times, deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
 
 
 def told(call, *names):
@@ -110,6 +114,9 @@ SAFE = [  # what a run may be built with, however odd
 
 
 @inputs(40)
+@example(key="DATALOADER.K_TRANSFORMS", value=2, transform="colorjitter")
+@example(key="DATALOADER.K_TRANSFORMS", value=None, transform="colorjitter")
+@example(key="INPUT.CROP_PADDING", value=1_073_741_816, transform="random_crop")
 @given(key=st.sampled_from(SAFE), value=values, transform=st.sampled_from(["colorjitter", "random_crop", "cutout"]))
 def test_runs(root, tmp_path_factory, key, value, transform):
     out = tmp_path_factory.mktemp("run")

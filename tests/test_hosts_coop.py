@@ -71,6 +71,7 @@ def test_nothing_of_the_frozen_image_tower_is_kept_for_the_gradient(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["DATALOADER.K_TRANSFORMS", 2], "K_TRANSFORMS is 2: hosts take 1 view"),
         (["TRAINER.COOP.PREC", "fp8"], "fp8.*choose one of "),
         (["TRAINER.COOP.CLASS_TOKEN_POSITION", "top"], "top.*choose one of end, middle, front"),
         (["TRAINER.COOP.N_CTX", 0], "N_CTX 0"),

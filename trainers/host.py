@@ -59,6 +59,9 @@ class HostTrainer(TrainerX):
             raise ValueError(
                 f"TRAINER.{self.options}.PREC {precision!r} is unknown: choose one of {', '.join(PRECISIONS)}"
             )
+        if cfg.DATALOADER.K_TRANSFORMS != 1:
+            views = cfg.DATALOADER.K_TRANSFORMS
+            raise ValueError(f"DATALOADER.K_TRANSFORMS is {views}: hosts take 1 view of a picture")
 
     def build_model(self):
         cfg, precision = self.cfg, self.host_options.PREC

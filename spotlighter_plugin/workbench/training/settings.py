@@ -31,6 +31,9 @@ RANGES = {  # smallest and largest value
     "DATALOADER.NUM_WORKERS": (0, 1024),
     "DATALOADER.K_TRANSFORMS": (1, 1024),
     "DATASET.NUM_SHOTS": (-(2**31), 2**31),
+    "INPUT.CROP_PADDING": (0, 10_000),
+    "INPUT.CUTOUT_N": (0, 10_000),
+    "INPUT.CUTOUT_LEN": (0, 10_000),
     "OPTIM.MAX_EPOCH": (1, 10**7),
     "OPTIM.WARMUP_EPOCH": (-(2**31), 10**7),
     "OPTIM.LR": (0, LARGEST_FLOAT),
@@ -195,6 +198,8 @@ def _check(cfg):
     for key, value in flat(cfg).items():
         _number(key, value)
         least, most = RANGES.get(key, (None, None))
+        if least is not None and not isinstance(value, (int, float)):
+            raise ValueError(f"{key} is {value!r}, must be a number of at least {least}")
         if least is not None and not least <= value <= most:
             bound = f"at least {least}" if value < least else f"at most {most}"
             raise ValueError(f"{key} is {value}, must be {bound}")

@@ -312,7 +312,7 @@ class TrainerX(SimpleTrainer):
         self._run_batches((batch,) for batch in self.train_loader_x)
 
     def parse_batch_train(self, batch) -> tuple[torch.Tensor, ...]:
-        return batch["img"].to(self.device), batch["label"].to(self.device), batch["domain"].to(self.device)
+        return _one_view(batch).to(self.device), batch["label"].to(self.device), batch["domain"].to(self.device)
 
 
 class TrainerXU(SimpleTrainer):
@@ -328,7 +328,14 @@ class TrainerXU(SimpleTrainer):
         self._run_batches((next(x), next(u)) for _ in range(self.num_batches))
 
     def parse_batch_train(self, batch_x, batch_u) -> tuple[torch.Tensor, ...]:
-        return batch_x["img"].to(self.device), batch_x["label"].to(self.device), batch_u["img"].to(self.device)
+        return _one_view(batch_x).to(self.device), batch_x["label"].to(self.device), _one_view(batch_u).to(self.device)
+
+
+def _one_view(batch) -> torch.Tensor:
+    """A batch's images (B, 3, h, w); a trainer that compares several views of a picture takes them itself."""
+    if isinstance(batch["img"], list):
+        raise ValueError(f"DATALOADER.K_TRANSFORMS is {len(batch['img'])}: this trainer takes 1 view of a picture")
+    return batch["img"]
 
 
 def _endless(loader):
