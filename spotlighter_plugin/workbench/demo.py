@@ -19,7 +19,7 @@ from .training.experiment import Laboratory, Method
 
 DATASET = "configs/datasets/icon_scenes.yaml"
 BUDGET = {
-    "OPTIM.LR": 0.3,
+    "OPTIM.LR": 0.03,
     "OPTIM.MAX_EPOCH": 5,
     "DATALOADER.TRAIN_X.BATCH_SIZE": 256,
 }
