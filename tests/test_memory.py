@@ -93,6 +93,16 @@ def test_classes_without_shots_keep_the_logits_of_their_texts():
     assert added[:, 2].abs().max() == 0 and (added[:, [0, 1, 3, 4]].abs() > 0).all()
 
 
+def test_evidence_has_its_closed_weight_where_every_class_was_shown_and_the_other_beside_unknown_ones():
+    kept = remembered()
+    kept.weight = torch.tensor([0.25, 1.0])
+    file = kept.state_dict()
+    closed = ClassMemory([NAMES[c] for c in (0, 1, 3, 4)], D)
+    closed.load_state_dict(file)
+    for mine, theirs in zip(kept.evidence(), closed.evidence(), strict=True):
+        assert torch.allclose(4 * mine[..., [0, 1, 3, 4]], theirs) and theirs.abs().max() > 0
+
+
 def test_a_memory_loads_into_a_model_of_other_classes_by_name():
     kept = remembered()
     kept.weight.fill_(0.5)
@@ -121,14 +131,15 @@ def test_a_memory_of_single_shots_or_of_another_width_is_refused_in_one_line():
         ClassMemory(NAMES, 6).load_state_dict(kept.state_dict())
 
 
-def test_weighing_finds_that_images_know_more_than_wrong_texts_and_nothing_where_they_know_nothing():
+def test_weighing_finds_that_images_know_more_than_vague_texts_and_adds_nothing_to_right_ones():
     centres = F.normalize(random(12, 32), dim=-1)
     images, rows = images_of(centres, 8, 0.12)
     vague = F.normalize(centres + 0.3 * random(12, 32, seed=4), dim=-1)
     found = weigh(images, rows, vague, None, 20.0)
     assert found.weight > 0 and found.accuracy > found.host + 0.05 and "left out" in found.describe()
-    noise = unit(len(rows), 32, seed=6)
-    assert weigh(noise, rows, centres, None, 20.0).weight == 0
+    alike = images_of(centres, 8, 0.02)
+    right = weigh(*alike, centres, None, 20.0)
+    assert right.host == 1 and right.weight == right.closed == 0
     better = weigh(images, rows, vague, centres, 20.0)
     assert better.ensemble > 0 and better.accuracy > found.accuracy
 
@@ -151,7 +162,7 @@ def test_a_choice_is_never_worse_than_the_host_on_what_was_left_out(n_classes, s
 )
 def test_what_cannot_be_judged_gets_a_fixed_weight_and_says_why(rows, judged, why):
     kept = remembered(rows, judged=judged)
-    assert kept.weight == memory.UNJUDGED and why in kept.choice.describe()
+    assert (kept.weight == memory.UNJUDGED).all() and why in kept.choice.describe()
     logits = kept.add_to(torch.zeros(2, 5), unit(2, D, seed=3), kept.evidence())
     assert logits.isfinite().all()
 

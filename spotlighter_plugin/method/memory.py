@@ -20,7 +20,7 @@ from .classes import NamedClasses
 
 ENSEMBLE = (0.0, 0.5, 1.0)  # shares of the template ensemble in the texts
 DAMPING = (0.0, 0.25, 0.5, 0.75)  # exponents with which texts see what images of one class differ by
-WEIGHTS = (0.0, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8)  # of the evidence
+WEIGHTS = (0.0, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)  # of the evidence
 UNJUDGED = 0.1  # the weight where no label or no second shot can judge it
 TOLERATED = 0.002  # share of the images of unknown classes that a choice may lose
 CENTRED = 0.5  # share of the common mean that is taken off where texts are damped
@@ -53,19 +53,22 @@ class Shots(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """What ``weigh`` found: the ensemble's share in the texts, the damping exponent, the evidence's weight, accuracy
-    (harmonic mean of known and unknown classes in one label space) with it and of the host, and how it was judged."""
+    """What ``weigh`` found: the ensemble's share in the texts, the damping exponent, the evidence's weight beside
+    classes that nobody has shown and, closed, where all have been, accuracy (harmonic mean of known and unknown classes
+    in one label space) with the former and of the host, and how it was judged."""
 
     ensemble: float
     damping: float
     weight: float
+    closed: float
     accuracy: float
     host: float
     judged: str
 
     def describe(self) -> str:
         """One line for readers: what was chosen, and why."""
-        chosen = f"evidence x {self.weight:g}, texts damped by {self.damping:g}, {self.ensemble:.0%} of the templates"
+        weights = f"evidence x {self.weight:g} (x {self.closed:g} where every class was shown)"
+        chosen = f"{weights}, texts damped by {self.damping:g}, {self.ensemble:.0%} of the templates"
         if self.host != self.host:
             return f"{chosen}, since {self.judged} cannot judge it"
         return f"{chosen}: {100 * self.accuracy:.1f} % right, {100 * self.host:.1f} without it ({self.judged})"
@@ -82,7 +85,7 @@ class ClassMemory(NamedClasses):
     Attributes:
         centre, metric, spread, means, counts: the ``Gaussians``; the means in half precision.
         view, image_offset, text_offset: (d, d) and (d,), through which images and texts are compared, after offsets.
-        ensemble, weight: scalars, of ``Choice``.
+        ensemble: scalar, of ``Choice``. weight: (2,), its weight and its closed one.
         choice: what ``weigh`` found; None before ``remember`` and after loading.
     """
 
@@ -99,7 +102,7 @@ class ClassMemory(NamedClasses):
         self.register_buffer("image_offset", torch.zeros(dim))
         self.register_buffer("text_offset", torch.zeros(dim))
         self.register_buffer("ensemble", torch.zeros(()))
-        self.register_buffer("weight", torch.zeros(()))
+        self.register_buffer("weight", torch.zeros(2))
         self.is_ready = False
 
     @torch.inference_mode(False)
@@ -126,7 +129,8 @@ class ClassMemory(NamedClasses):
         self.means, self.counts = learned.means.to(torch.half), learned.counts
         said = blend(texts, ensemble, self.choice.ensemble)[seen]
         self.view, self.image_offset, self.text_offset = view(shots, said, self.choice.damping)
-        self.ensemble, self.weight = (images.new_tensor(value) for value in (self.choice.ensemble, self.choice.weight))
+        self.ensemble = images.new_tensor(self.choice.ensemble)
+        self.weight = images.new_tensor([self.choice.weight, self.choice.closed])
         self.is_ready = True
 
     def texts(self, texts: Tensor, ensemble: Tensor | None) -> Tensor:
@@ -140,9 +144,10 @@ class ClassMemory(NamedClasses):
     def evidence(self) -> tuple[Tensor, Tensor]:
         """Weight × evidence as one product of [u², u]: factors (2d, C) and constants (C,) of the model's classes."""
         factors, constant = folded(self.gaussians)
-        known = self.rows >= 0
         rows = self.rows.clamp(min=0)
-        return self.weight * factors[:, rows] * known, self.weight * constant[rows] * known
+        known = (self.rows >= 0) & (self.counts[rows] > 0)
+        weight = self.weight[known.all().long()] * known
+        return weight * factors[:, rows], weight * constant[rows]
 
     def add_to(self, logits: Tensor, image: Tensor, evidence: tuple[Tensor, Tensor]) -> Tensor:
         """Logits (B, C) and the ``evidence`` of images (B, d), unit length: (B, C)."""
@@ -157,8 +162,9 @@ class ClassMemory(NamedClasses):
         return Gaussians(self.centre, self.metric, self.spread, self.means.float(), self.counts)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        if prefix + "keys" in state_dict:
-            raise ValueError("the checkpoint remembers single shots, as version 0.1 did: remember them anew")
+        weight = state_dict.get(prefix + "weight", self.weight)
+        if prefix + "keys" in state_dict or weight.shape != self.weight.shape:
+            raise ValueError("the checkpoint remembers its shots as an earlier version did: remember them anew")
         width, centre = state_dict.get(prefix + "tower", self.tower), state_dict.get(prefix + "centre", self.centre)
         if width != self.tower or centre.shape != self.centre.shape:
             sizes = ((width, centre), (self.tower, self.centre))
@@ -248,7 +254,8 @@ def weigh(
     In each of ``PARTITIONS`` a random half of the classes is forgotten and plays the unknown ones; of the others each
     quarter of the shots tests what the rest teaches. Nothing is chosen that costs known classes anything, or unknown
     ones more than ``TOLERATED``, of what the host has; of what is as good as the best, give or take a standard error
-    over the partitions, the lightest evidence is taken. Arguments as of ``ClassMemory.remember``.
+    over the partitions, the lightest evidence is taken. Where every class of a model was shown, nothing speaks for the
+    unknown: there the weight is taken that is best among the known alone. Arguments as of ``ClassMemory.remember``.
     """
     shares = ENSEMBLE if ensemble is not None and own is None else ENSEMBLE[:1]
     dampings = DAMPING if own is None else DAMPING[:1]
@@ -256,10 +263,10 @@ def weigh(
     parts = min(PARTS, int(place.max()) + 1)
     if not judged or len(classes) < 2 or parts < 3:
         why = "guessed labels" if not judged else "one class" if len(classes) < 2 else "fewer than three shots a class"
-        return Choice(shares[-1], dampings[len(dampings) // 2], UNJUDGED, float("nan"), float("nan"), why)
+        return Choice(shares[-1], dampings[len(dampings) // 2], UNJUDGED, UNJUDGED, float("nan"), float("nan"), why)
     generator = torch.Generator().manual_seed(0)
     grid = list(product(shares, dampings, WEIGHTS))
-    right = images.new_zeros(PARTITIONS, 2, len(grid))  # accuracy on known and on unknown classes
+    right = images.new_zeros(PARTITIONS, 3, len(grid))  # accuracy on known, unknown, known among known
     some = max(2, MOST_IMAGES * len(classes) // max(len(rows), MOST_IMAGES))  # classes that are looked at
     for fold in range(parts * PARTITIONS):
         if fold % parts == 0:
@@ -275,8 +282,9 @@ def weigh(
         said = texts[order], None if ensemble is None else ensemble[order], scale
         host = None if own is None else own[tests][:, order]
         right[fold // parts] += _judge(images, mine, learns, tests, known, *said, host, grid) / parts
-    means = 2 * right.prod(1) / right.sum(1).clamp(min=1e-9)  # (PARTITIONS, grid)
-    mean, (known, unknown) = means.mean(0), right.mean(0)
+    both = right[:, :2]
+    means = 2 * both.prod(1) / both.sum(1).clamp(min=1e-9)  # (PARTITIONS, grid)
+    mean, (known, unknown, closed) = means.mean(0), right.mean(0)
     allowed = (known >= known[0]) & (unknown >= unknown[0] - TOLERATED) & (mean >= mean[0])  # the host is the first
     best = torch.where(allowed, mean, -1).argmax()
     error = (means - means[:, best, None]).std(0) / PARTITIONS**0.5  # of the difference to the best
@@ -285,11 +293,15 @@ def weigh(
     lightest = as_good & (weights == weights[as_good].min())
     chosen = int(torch.where(lightest, mean, -1).argmax())
     judged_by = f"half of {len(order)} classes and a part of the shots left out, {PARTITIONS} times"
-    return Choice(*grid[chosen], mean[chosen].item(), mean[0].item(), judged_by)
+    alike = slice(chosen // len(WEIGHTS) * len(WEIGHTS), (chosen // len(WEIGHTS) + 1) * len(WEIGHTS))  # the same texts
+    return Choice(
+        *grid[chosen], WEIGHTS[int(closed[alike].argmax())], mean[chosen].item(), mean[0].item(), judged_by
+    )  # fmt: skip
 
 
 def _judge(images, rows, learns, tests, known, texts, ensemble, scale, own, grid) -> Tensor:
-    """Accuracy on known and on unknown classes, all in one label space, for each entry of the grid: (2, grid)."""
+    """Accuracy on known and on unknown classes, all in one label space, and on known ones in one of their own, for each
+    entry of the grid: (3, grid)."""
     shots = statistics(images[learns], rows[learns], known)
     gaussians = fit(shots)
     held, labels = images[tests], rows[tests]
@@ -302,8 +314,9 @@ def _judge(images, rows, learns, tests, known, texts, ensemble, scale, own, grid
             matrix, image_offset, text_offset = view(shots, seen[:known], exponent)
             logits = scale * look(held, image_offset, matrix) @ look(seen, text_offset, matrix).T
         for weight in WEIGHTS:
-            hit = (logits + weight * evidence).argmax(1) == labels
-            result.append(torch.stack([hit[is_known].float().mean(), hit[~is_known].float().mean()]))
+            scores = logits + weight * evidence
+            hit, closed = scores.argmax(1) == labels, scores[is_known, :known].argmax(1) == labels[is_known]
+            result.append(torch.stack([each.float().mean() for each in (hit[is_known], hit[~is_known], closed)]))
     return torch.stack(result, 1).nan_to_num(0.0)
 
 

@@ -67,10 +67,12 @@ class Cell:
         tower: FrozenTower,
         folder: Path,
         first: "Cell | None" = None,
+        shots: int = 16,
     ):
         self.kind, self.dataset, self.seed, self.root = kind, dataset, seed, root
         self.task, self.tower, self.folder, self.first = task, tower, folder, first or self
         self._texts, self._filed, self._means = {}, {}, {}
+        self._name = f"{tower.fingerprint}-{tower.dataset}" + (f"-{shots}shots" if shots != 16 else "")
 
     @cached_property
     def mini(self) -> Task:
@@ -90,7 +92,7 @@ class Cell:
         """The options that name the teacher of this task's known classes, trained where none is kept."""
         name, options = TEACHER
         known = f"{task.known}of{len(task.names)}"
-        kept = self.folder / f"{self.tower.fingerprint}-{self.tower.dataset}-{self.seed}-{name}-{known}.pth"
+        kept = self.folder / f"{self._name}-{self.seed}-{name}-{known}.pth"
         if not kept.exists():
             view = View(self.tower, PICTURES)
             host = train(task, view, name, self.dataset, self.seed, self.root, options, keeps_tower=False)
@@ -112,9 +114,7 @@ class Cell:
     def tuned(self, name: str, grid, make: Callable[["Cell", Task, dict], Fitted]) -> tuple[dict, Fitted]:
         """The setting with the best harmonic mean on the first cell's miniature, and what it gives on the task."""
         first = self.first
-        kept = (
-            self.folder / f"{self.tower.fingerprint}-{self.tower.dataset}-{first.seed}-{self.kind.trainer}-{name}.json"
-        )
+        kept = self.folder / f"{self._name}-{first.seed}-{self.kind.trainer}-{name}.json"
         written = json.loads(kept.read_text()) if kept.exists() else {}
         if written.get("grid") != list(grid):
             means = [first.means(make(first, first.mini, setting))[0] for setting in grid]

@@ -33,6 +33,7 @@ def command(
     show: Annotated[bool, typer.Option("--show", help="run nothing: print what is kept")] = False,
     again: Annotated[bool, typer.Option("--again", help="run rows although their results are kept")] = False,
     every: Annotated[int, typer.Option(min=1, help="judge each N-th test picture")] = 1,
+    shots: Annotated[int, typer.Option(min=1, help="training pictures a class")] = 16,
     cross: Annotated[bool, typer.Option(help="judge what learned on the first data set on the others, too")] = True,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the records there")] = None,
     results: Annotated[Path | None, typer.Option(help="finished rows (default: results/evidence_HOST.npz)")] = None,
@@ -53,18 +54,18 @@ def command(
         raise FileNotFoundError(f"{path}: no finished rows are kept there; run without --show")
     console, kept = Console(), Results(path)
     if not show:
-        laboratory = Laboratory(kind, kept, root, FOLDER, again, every)
+        laboratory = Laboratory(kind, kept, root, FOLDER, again, every, shots)
         laboratory.run(known, files, list(seeds), files[0] if cross and len(files) > 1 else None)
 
     listed, sets = [row.name for row in known], [configuration(file, 1, root).DATASET.NAME for file in files]
     there = [d for d in sets if any(key.dataset == key.source == d for key in kept.facts)]
-    seeds = [seed for seed in seeds if any(key.seed == seed for key in kept.facts)]
-    found = records(kept, listed, there, seeds, f"{name} + Spotlighter")
-    print_tables(found, console, f"{name}, each data set for itself")
+    seeds = [seed for seed in seeds if any((key.seed, key.shots) == (seed, shots) for key in kept.facts)]
+    found = records(kept, listed, there, seeds, f"{name} + Spotlighter", shots=shots)
+    print_tables(found, console, f"{name}, {shots} shots, each data set for itself")
     moved = [d for d in there if any(key.dataset == d != key.source == sets[0] for key in kept.facts)]
     if moved:
-        others = records(kept, listed, moved, seeds, f"{name} + Spotlighter", source=sets[0])
-        print_tables(others, console, f"{name}, trained on {sets[0]}")
+        others = records(kept, listed, moved, seeds, f"{name} + Spotlighter", source=sets[0], shots=shots)
+        print_tables(others, console, f"{name}, {shots} shots, trained on {sets[0]}")
         found += others
     complete = {record.get("method") for record in found}
     if missing := [row for row in listed if row not in complete]:

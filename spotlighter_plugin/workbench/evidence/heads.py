@@ -221,7 +221,7 @@ def _grid(**axes) -> tuple[dict, ...]:
     return tuple(dict(zip(names, point, strict=True)) for point in points)
 
 
-_SIX, _EIGHT = (0.0, 0.15, 0.4, 1.0, 2.5, 6.0), (0.0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4)
+_SIX, _EIGHT = (0.0, 0.2, 0.6, 2.0, 6.0, 18.0), (0.0, 0.1, 0.2, 0.4, 1.0, 2.5, 6.0, 15.0)
 _DECAYS = tuple(10 ** (1 - 7 * i / (POINTS - 1)) for i in range(POINTS))  # 10 … 10⁻⁶
 
 HEADS = {
@@ -231,17 +231,17 @@ HEADS = {
     "text residual": Head(fit_residual, residual_logits, _grid(decay=_DECAYS)),
     "templates": Head(fit_blend, blend_logits, _grid(share=tuple(i / (POINTS - 1) for i in range(POINTS)))),
     "cache": Head(
-        *_added(remember_shots, cache_scores), _grid(sharpness=(3.0, 6.0, 12.0, 24.0), weight=_SIX)
+        *_added(remember_shots, cache_scores), _grid(sharpness=(1.5, 4.0, 10.0, 25.0), weight=_SIX)
     ),
     "whitened cache": Head(
         *_added(remember_whitened, whitened_scores),
-        _grid(sharpness=(3.0, 8.0), shrink=(0.1, 0.4), weight=_SIX),
+        _grid(sharpness=(2.0, 6.0), shrink=(0.05, 0.2), weight=_SIX),
     ),
     "Gaussian classifier": Head(
-        *_added(remember_gaussians, gaussian_scores), _grid(shrink=(0.1, 0.3, 0.7), weight=_EIGHT)
+        *_added(remember_gaussians, gaussian_scores), _grid(shrink=(0.05, 0.2, 0.6), weight=_EIGHT)
     ),
     "kernel ridge": Head(
-        *_added(remember_ridge, cache_scores), _grid(sharpness=(3.0, 10.0), ridge=(0.1, 1.0), weight=_SIX)
+        *_added(remember_ridge, cache_scores), _grid(sharpness=(1.5, 5.0), ridge=(0.1, 1.0), weight=_SIX)
     ),
     "linear probe": Head(fit_probe, probe_logits, _grid(decay=_DECAYS), sees_all=True),
 }  # fmt: skip

@@ -19,7 +19,7 @@ from ...trainer import hand_written_texts
 from ..training.cached import CachedLoader, keep_tail
 from .tasks import FrozenTower, Scenes, Task, chunks, configuration
 
-LENGTHS, SHORT, RATES = (3, 10, 30), (2, 5, 15), (0.003, 0.01, 0.03)  # epochs without and with tokens, learning rates
+LENGTHS, SHORT, RATES = (5, 15, 50), (2, 5, 15), (0.003, 0.01, 0.03)  # epochs without and with tokens, learning rates
 RATE, EPOCHS, SIZE = "OPTIM.LR", "OPTIM.MAX_EPOCH", "DATALOADER.TRAIN_X.BATCH_SIZE"
 COMMON = {
     "OPTIM.NAME": "sgd", "OPTIM.LR_SCHEDULER": "cosine", "OPTIM.WARMUP_EPOCH": 0, SIZE: 128,

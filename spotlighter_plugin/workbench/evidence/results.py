@@ -3,7 +3,7 @@
 import fcntl
 import json
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +14,13 @@ from .tasks import written_aside
 
 @dataclass(frozen=True, order=True)
 class Key:
-    """A row's name, the data set that it is judged on and the one that it was trained on, and the seed."""
+    """A row's name, the data set that it is judged on and the one that it was trained on, the seed, shots a class."""
 
     method: str
     dataset: str
     source: str
     seed: int
+    shots: int = 16
 
 
 class Results:
@@ -71,7 +72,7 @@ class Results:
                 start += size
 
     def _write(self) -> None:
-        rows = [{"key": [k.method, k.dataset, k.source, k.seed], "facts": facts} for k, facts in self.facts.items()]
+        rows = [{"key": list(astuple(k)), "facts": facts} for k, facts in self.facts.items()]
         index = {"exams": {name: exam.known for name, exam in self.exams.items()}, "rows": rows}
         packed = [np.packbits(np.concatenate([a.own, a.one])) for a in self.answers.values()]
         labels = {f"labels of {name}": exam.labels.astype(np.uint16) for name, exam in self.exams.items()}

@@ -18,7 +18,7 @@ class Laboratory:
 
     Args:
         root: folder of the data sets. folder: of what saves time in another run.
-        again: run rows although their results are there. every: judge each ``every``-th test picture.
+        again: run rows although their results are there. every: judge each ``every``-th test picture. shots: a class.
     """
 
     kind: Kind
@@ -27,6 +27,7 @@ class Laboratory:
     folder: Path
     again: bool = False
     every: int = 1
+    shots: int = 16
     _towers: dict = field(default_factory=dict)
     _tasks: dict = field(default_factory=dict)
 
@@ -62,13 +63,14 @@ class Laboratory:
         return self._towers[dataset]
 
     def _cell(self, dataset: str, seed: int, first: Cell | None) -> Cell:
-        return Cell(
-            self.kind, dataset, seed, self.root, self.task(dataset, seed), self.tower(dataset), self.folder, first
-        )
+        task, tower = self.task(dataset, seed), self.tower(dataset)
+        return Cell(self.kind, dataset, seed, self.root, task, tower, self.folder, first, self.shots)
 
     def task(self, dataset: str, seed: int) -> Task:
         if (dataset, seed) not in self._tasks:
-            self._tasks[dataset, seed] = load_task(configuration(dataset, seed, self.root), self.every)
+            self._tasks[dataset, seed] = load_task(
+                configuration(dataset, seed, self.root, options={"DATASET.NUM_SHOTS": self.shots}), self.every
+            )
         return self._tasks[dataset, seed]
 
     def _is_there(self, row: Row, dataset: str, source: str, seed: int) -> bool:
@@ -79,7 +81,7 @@ class Laboratory:
         return f"{self.tower(source).fingerprint} {self.kind.options} {row.settings}"
 
     def _key(self, row: Row, dataset: str, source: str, seed: int) -> Key:
-        return Key(row.name, self.tower(dataset).dataset, self.tower(source).dataset, seed)
+        return Key(row.name, self.tower(dataset).dataset, self.tower(source).dataset, seed, self.shots)
 
     def _make(self, row: Row, cell: Cell, targets: list[str]) -> None:
         made = row.make(cell)

@@ -12,7 +12,7 @@ AVERAGE = "average"
 
 
 def records(
-    results: Results, methods: list[str], datasets: list[str], seeds: list[int], ours: str, source=None
+    results: Results, methods: list[str], datasets: list[str], seeds: list[int], ours: str, source=None, shots: int = 16
 ) -> list:
     """What `--json` writes: accuracies by method and data set, and differences of ``ours`` to every other method.
 
@@ -20,7 +20,7 @@ def records(
 
     source: where methods were trained; None: each on the data set that it is judged on.
     """
-    keys = {m: [Key(m, d, source or d, s) for d in datasets for s in seeds] for m in methods}
+    keys = {m: [Key(m, d, source or d, s, shots) for d in datasets for s in seeds] for m in methods}
     keys = {m: cells for m, cells in keys.items() if cells and all(key in results.facts for key in cells)}
     if not keys:
         return []
