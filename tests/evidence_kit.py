@@ -21,13 +21,14 @@ class Tiles(DatasetBase):
 
     def __init__(self, cfg):
         folder = Path(cfg.DATASET.ROOT, type(self).__name__)
-        train, val, test = (self._items(folder, split) for split in COUNTS)
+        shots = {**COUNTS, "train": min(COUNTS["train"], cfg.DATASET.NUM_SHOTS)}
+        train, val, test = (self._items(folder, split, shots[split]) for split in COUNTS)
         super().__init__(train_x=train, val=val, test=test)
 
-    def _items(self, folder, split):
+    def _items(self, folder, split, count):
         items = []
         for label, (name, colour) in enumerate(zip(NAMES, COLOURS, strict=True)):
-            for number in range(COUNTS[split]):
+            for number in range(count):
                 path = folder / split / f"{label}-{number}.png"
                 if not path.exists():
                     noise = np.random.default_rng([label, number, len(split)])

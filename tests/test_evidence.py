@@ -81,6 +81,14 @@ def test_rows_of_other_settings_are_run_again_and_other_rows_stay(tmp_path, fami
     assert "seed 1: zero-shot\n" in capsys.readouterr().out
 
 
+def test_fewer_shots_are_rows_of_their_own(tmp_path, family):
+    for shots in ("16", "2"):
+        assert evidence(tmp_path, family[:1], "--rows", "CoOp + cache", "--shots", shots) == 0
+    facts = Results(tmp_path / "rows.npz").facts
+    kept = {key.shots: facts["memory_mb"] for key, facts in facts.items()}
+    assert kept[16] == pytest.approx(2 * kept[2], rel=0.01)  # Tiles have 4
+
+
 @pytest.mark.parametrize("host", ["MaPLe", "CLIPFit"])
 def test_a_host_that_trains_its_tower_is_judged_by_what_its_own_tower_sees(tmp_path, family, monkeypatch, host):
     trainer, tries = hosts.TUNED[host.lower()]
