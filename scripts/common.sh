@@ -1,6 +1,7 @@
 # What the scripts share. Sourced with TRAINER set; run from anywhere.
-# From the environment: DATA (folder of the data sets), OUTPUT, CFG (a file of configs/trainers/$TRAINER), SHOTS,
-# LOADEP (epoch to evaluate; default: the last one saved), PYTHON. Further arguments are KEY VALUE options.
+# From the environment: DATA (folder of the data sets), OUTPUT, CFG (a file of configs/trainers/$TRAINER, or of its
+# host's), SHOTS, LOADEP (epoch to evaluate; default: the last one saved), PYTHON. Further arguments are KEY VALUE
+# options.
 set -euo pipefail
 DATA=${DATA:-data} OUTPUT=${OUTPUT:-output} CFG=${CFG:-default} SHOTS=${SHOTS:-16} PYTHON=${PYTHON:-python}
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -23,6 +24,7 @@ last_epoch() { # last_epoch FOLDER: the number of the last checkpoint in it
 run() { # run DATASET SEED FOLDER OPTION ...: call train.py
     local dataset=$1 seed=$2 folder=$3 config=configs/trainers/$TRAINER/$CFG.yaml
     shift 3
+    [ -e "$config" ] || config=configs/trainers/${TRAINER%Spotlighter}/$CFG.yaml
     "$PYTHON" train.py --root "$DATA" --seed "$seed" --trainer "$TRAINER" \
         --dataset-config-file "configs/datasets/$dataset.yaml" --config-file "$config" --output-dir "$folder" "$@"
 }

@@ -1,8 +1,10 @@
-"""Our hosts against the forks' own code, where checkouts are at hand: same keys, same logits, with and without us.
+"""Our hosts against the forks' own code, where checkouts are at hand: same keys, logits and losses, with and without us.
 
-SPOTLIGHTER_UPSTREAM names a folder with the checkouts CoOp, multimodal-prompt-learning, PromptKD and CLIPFit.
+SPOTLIGHTER_UPSTREAM names a folder with the checkouts CoOp, multimodal-prompt-learning, PromptKD, CLIPFit, KgCoOp and
+MMRL.
 """
 
+import math
 import os
 import subprocess
 import sys
@@ -12,11 +14,11 @@ import pytest
 import torch
 from clip.model import CLIP
 from dassl.config import get_cfg_default
-from upstream_settings import CLASS_NAMES, settings
+from upstream_host import CLASS_NAMES, LABELS, settings
 from yacs.config import CfgNode
 
 from spotlighter_plugin.towers.clip import load_clip
-from trainers import clipfit, coop, maple, promptkd, promptsrc
+from trainers import clipfit, cocoop, coop, kgcoop, maple, mmrl, promptkd, promptsrc
 from trainers.host import load_weights
 
 UPSTREAM = Path(os.environ.get("SPOTLIGHTER_UPSTREAM", "absent"))
@@ -27,7 +29,15 @@ FORKS = {
     "PromptSRC": "PromptKD",
     "PromptKD": "PromptKD",
     "CLIPFit": "CLIPFit/CLIPFit",
+    "CoCoOp": "CoOp",
+    "KgCoOp": "KgCoOp/KgCoOp",
+    "MMRL": "MMRL",
 }
+UNUSED = (  # copies that the forks save once more, and what KgCoOp's does not use; MMRL's temperature is always 100
+    *("prompt_learner.ZS_image_encoder.", "freeze_image_encoder."),
+    *("prompt_learner.bias_vectors", "prompt_learner.meta_net.linear1", "meta_net.", "adapter.fc."),
+    "logit_scale",
+)
 
 
 def clip_state(seed, embed, vision, text):
@@ -40,6 +50,7 @@ def clip_state(seed, embed, vision, text):
 def ours(host, folder, theirs):
     """Our model of the host with the fork's weights, and the part that the fork saves."""
     cfg, student = get_cfg_default(), load_clip(str(folder / "student.pt"))
+    cfg.DATASET.NAME = "OxfordPets"
     for node, values in settings(host).items():
         cfg.TRAINER[node] = CfgNode(values)
     prompts = {"n_text": 4, "n_vision": 4, "text_depth": 3, "vision_depth": 3, "ctx_init": "a photo of a"}
@@ -57,6 +68,11 @@ def ours(host, folder, theirs):
         case "CLIPFit":
             texts = [f"a photo of a {name.replace('_', ' ')}, a type of pet." for name in CLASS_NAMES]
             return clipfit.CustomCLIP(texts, student)
+        case _:
+            module = {"CoCoOp": cocoop, "KgCoOp": kgcoop, "MMRL": mmrl}[host]
+            model = module.CustomCLIP(cfg, CLASS_NAMES, student)
+            model.module, model.cfg = module, cfg
+            return model
 
 
 @pytest.mark.parametrize("host", list(FORKS))
@@ -65,7 +81,10 @@ def test_our_host_has_the_forks_keys_and_logits_and_the_adapter_reads_the_forks_
     if not fork.is_dir():
         pytest.skip("SPOTLIGHTER_UPSTREAM names no folder with a checkout of " + FORKS[host])
     vision, text = (768, 512) if host == "MaPLe" else (128, 128)  # MaPLe's fork knows one width only
-    torch.save(clip_state(0, 512, vision, text), tmp_path / "student.pt")
+    student = clip_state(0, 512, vision, text)
+    if host == "MMRL":  # whose fork takes OpenAI's temperature for granted
+        student["logit_scale"].fill_(math.log(100))
+    torch.save(student, tmp_path / "student.pt")
     torch.save(clip_state(1, 768, 192, 192), tmp_path / "teacher.pt")
     torch.save(torch.randn(3, 3, 32, 32), tmp_path / "images.pt")
     command = [sys.executable, str(ROOT / "tests/upstream_host.py"), str(fork), host, str(tmp_path)]
@@ -75,12 +94,19 @@ def test_our_host_has_the_forks_keys_and_logits_and_the_adapter_reads_the_forks_
 
     model, images = ours(host, tmp_path, theirs).eval(), torch.load(tmp_path / "images.pt")
     different = model.state_dict().keys() ^ theirs["state"].keys()
-    unused = ("prompt_learner.ZS_image_encoder.", "freeze_image_encoder.")  # copies that the forks save once more
-    assert not [key for key in different if not key.startswith(unused)]
+    assert not [key for key in different if not key.startswith(UNUSED)]
     load_weights(model, theirs["state"], "the fork's model")
     with torch.no_grad():
-        torch.testing.assert_close(model(images), theirs["logits"], atol=1e-5, rtol=1e-5)
+        logits = model.both(images)[0] if host == "MMRL" else model(images)
+        torch.testing.assert_close(logits, theirs["logits"], atol=1e-5, rtol=1e-5)
+        if host == "MMRL":  # of the classes that were trained
+            torch.testing.assert_close(model(images), theirs["fused"], atol=1e-5, rtol=1e-5)
         if host == "PromptKD":
             torch.testing.assert_close(model.teacher(images), theirs["teacher_logits"], atol=1e-5, rtol=1e-5)
-    assert theirs["adapter"] == ("CoOp" if host == "PromptSRC" else host)
+    if "loss" in theirs:
+        trainer = object.__new__(getattr(model.module, host))  # one that trains nothing
+        trainer.model, trainer.cfg = model.train(), model.cfg
+        assert trainer.objective(images, torch.tensor(LABELS))[0].item() == pytest.approx(theirs["loss"], rel=1e-5)
+    own_step = host == "PromptSRC" or "loss" in theirs  # whose forks' models have no adapter of their own
+    assert theirs["adapter"] == ("generic" if own_step else host)
     torch.testing.assert_close(theirs["spotlighter"], theirs["logits"], atol=1e-5, rtol=1e-5)

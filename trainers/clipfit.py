@@ -2,18 +2,15 @@
 Simple Parameter-Efficient Modification", EMNLP 2024)."""
 
 import torch
-import torch.nn.functional as F
 from dassl.engine import TRAINER_REGISTRY
-from dassl.metrics import compute_accuracy
 from torch import nn
 from yacs.config import CfgNode
 
-from datasets.templates import PLAIN, TEMPLATES
 from spotlighter_plugin.towers.clip import tokenize
 from spotlighter_plugin.towers.packing import common_prefix
-from spotlighter_plugin.towers.prompts import CLIPClassifier, TextEncoder, normalize
+from spotlighter_plugin.towers.prompts import CLIPClassifier, TextEncoder
 
-from .host import HostTrainer
+from .host import HostTrainer, hand_written, held_near
 
 
 def extend_cfg(cfg):
@@ -69,15 +66,11 @@ class CLIPFit(HostTrainer):
     needs_vision_transformer = True
 
     def make_model(self, clip_model, class_names):
-        template = TEMPLATES.get(self.cfg.DATASET.NAME, PLAIN)
-        return CustomCLIP([template.format(name.replace("_", " ")) for name in class_names], clip_model)
+        return CustomCLIP(hand_written(self.cfg, class_names), clip_model)
 
     def registered(self, model):
         return model.prompt_learner
 
     def objective(self, images, labels):
-        image, text = normalize(self.model.encode_image(images)), self.model.text_features()  # (B, d), (C, d)
-        logits = self.model.logit_scale.exp() * image @ text.t()  # (B, C)
-        similarity = F.cosine_similarity(text, self.model.prompt_learner.text_features).mean()
-        loss = F.cross_entropy(logits, labels) + self.host_options.LAMBDA * (1 - similarity)
-        return loss, {"acc": compute_accuracy(logits, labels)[0].item()}
+        frozen = self.model.prompt_learner.text_features  # (C, d)
+        return held_near(self.model, frozen, self.host_options.LAMBDA, images, labels)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os.path as osp
 
 import torch
+import torch.nn.functional as F
 from dassl.engine import TrainerX
+from dassl.metrics import compute_accuracy
 from dassl.optim import build_lr_scheduler, build_optimizer
 from dassl.utils import load_checkpoint, load_pretrained_weights
 
+from datasets.templates import prompt
 from spotlighter_plugin.runtime.dassl.utils.checkpoint import load_weights
 from spotlighter_plugin.towers.clip import (
     PRECISIONS,
@@ -17,6 +20,7 @@ from spotlighter_plugin.towers.clip import (
     mixed_precision,
     require_vision_transformer,
 )
+from spotlighter_plugin.towers.prompts import normalize
 
 
 def load_backbone(cfg, precision="fp32", name=None):
@@ -28,6 +32,19 @@ def load_backbone(cfg, precision="fp32", name=None):
     if size != (needed, needed):
         raise ValueError(f'INPUT.SIZE {size} does not suit backbone {name}: set INPUT.SIZE "({needed}, {needed})"')
     return clip_model
+
+
+def hand_written(cfg, class_names):
+    """Each class in its data set's hand-written prompt: a list of C texts."""
+    return [prompt(cfg.DATASET.NAME).format(name.replace("_", " ")) for name in class_names]
+
+
+def held_near(model, frozen, weight, images, labels):
+    """Cross entropy and weight · (1 - mean cosine of the texts with frozen ones (C, d)): the loss, and what to log."""
+    image, text = normalize(model.encode_image(images)), model.text_features()  # (B, d), (C, d)
+    logits = model.logit_scale.exp() * image @ text.t()  # (B, C)
+    loss = F.cross_entropy(logits, labels) + weight * (1 - F.cosine_similarity(text, frozen).mean())
+    return loss, {"acc": compute_accuracy(logits, labels)[0].item()}
 
 
 class HostTrainer(TrainerX):

@@ -2,11 +2,11 @@
 
 from dassl.engine import TRAINER_REGISTRY, TrainerX
 
-from datasets.templates import PLAIN, TEMPLATES
+from datasets.templates import prompt
 from spotlighter_plugin.towers.clip import encode_prompts
 from spotlighter_plugin.towers.prompts import normalize
 
-from .host import load_backbone
+from .host import hand_written, load_backbone
 
 
 @TRAINER_REGISTRY.register()
@@ -15,9 +15,8 @@ class ZeroshotCLIP(TrainerX):
 
     def build_model(self):
         self.clip_model = load_backbone(self.cfg).to(self.device)
-        template = TEMPLATES.get(self.cfg.DATASET.NAME, PLAIN)
-        prompts = [template.format(name.replace("_", " ")) for name in self.dm.dataset.classnames]
-        print(f"Prompt: {template}")
+        prompts = hand_written(self.cfg, self.dm.dataset.classnames)
+        print(f"Prompt: {prompt(self.cfg.DATASET.NAME)}")
         self.text_features = encode_prompts(self.clip_model, prompts)  # (C, d)
 
     def model_inference(self, images):

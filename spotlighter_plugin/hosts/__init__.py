@@ -13,7 +13,7 @@ def all_adapters() -> list[type[HostAdapter]]:
     for module in iter_modules(__path__):
         import_module(f"{__name__}.{module.name}")
     kinds = [kind for kind in _below(HostAdapter) if kind.__module__ != HostAdapter.__module__]
-    return sorted(kinds, key=lambda kind: (kind.name == "generic", kind.__module__))
+    return sorted(dict.fromkeys(kinds), key=lambda kind: (kind.name == "generic", kind.__module__))
 
 
 def _below(kind):

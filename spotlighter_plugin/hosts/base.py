@@ -145,6 +145,22 @@ class HostAdapter:
         return labels
 
 
+class HeldNearAdapter(HostAdapter):
+    """A host whose texts are held near frozen ones, ``model.prompt_learner.text_features`` (C, d).
+
+    similarity_weight: of the loss that holds them there (upstream's code has 8 for CLIPFit, the paper for KgCoOp).
+    """
+
+    def __init__(self, model, class_names=None, similarity_weight: float = 8.0):
+        self.similarity_weight = similarity_weight
+        super().__init__(model, class_names)
+
+    def objective(self, logits: Tensor, labels: Tensor, extras: dict) -> Tensor:
+        """Cross entropy, and the host's own loss 1 - mean cos(text, frozen text)."""
+        similarity = F.cosine_similarity(extras["text"].float(), self.model.prompt_learner.text_features.float()).mean()
+        return self.classification_loss(logits, labels, extras) + self.similarity_weight * (1 - similarity)
+
+
 class CLIPAdapter(HostAdapter):
     """A CLIP as its library gives it: the class names in a hand-written prompt are its classes.
 

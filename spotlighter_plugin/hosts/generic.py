@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..method.layout import layout_of
+from ..towers.prompts import CLIPClassifier
 from .base import HostAdapter
 
 IMAGE, TEXT = "image_encoder", "text_encoder"
@@ -62,8 +63,11 @@ class GenericAdapter(HostAdapter):
     def encode_text(self) -> Tensor:
         """What the text encoder returned in a forward on a blank image, or when it was last asked: (C, d).
 
-        Zeros where it returned no row for each class; nothing that reads texts may be in use then.
+        A host of ours is asked for its texts. Zeros where there is no row for each class; nothing that reads texts may
+        be in use then.
         """
+        if isinstance(self.model, CLIPClassifier):
+            return self.model.text_features()
         blank = torch.zeros(1, 3, *self.layout.image_size, device=self.layout.device)
         self._run(blank)
         return torch.zeros(self.n_classes, self.dim, device=blank.device) if self._text is None else self._text

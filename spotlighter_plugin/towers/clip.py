@@ -94,21 +94,26 @@ def tokenize(texts: list[str]) -> torch.Tensor:
 
 
 def encode_tokens(
-    tower: torch.nn.Module, embeddings: torch.Tensor, tokenized: torch.Tensor, shared: int = 1
+    tower: torch.nn.Module,
+    embeddings: torch.Tensor,
+    tokenized: torch.Tensor,
+    shared: int = 1,
+    beginnings: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Run CLIP's text tower on given token embeddings.
 
     tower: anything with transformer, positional_embedding, ln_final and text_projection (a CLIP, a TextEncoder).
     embeddings: (C, T, w); tokenized: (C, T) ids, whose largest id marks the end of a text. shared: how many leading
     positions of all texts have one and the same embedding, which is encoded once for several texts, and whose gradient
-    goes to the first text's.
-    Returns (C, d), not normalized. What follows the longest text's end is never computed: attention is causal, so
+    goes to the first text's. beginnings: (B, shared, w), what stands in these positions instead, B times over.
+    Returns (C, d), or (B, C, d) with beginnings, not normalized. What follows the longest text's end is never computed: attention is causal, so
     nothing before it depends on it. Without gradient, classes go through in chunks of TEXT_CHUNK.
     """
-    if torch.is_grad_enabled() or len(embeddings) <= TEXT_CHUNK:
-        return _encode_chunk(tower, embeddings, tokenized, shared)
-    pairs = zip(embeddings.split(TEXT_CHUNK), tokenized.split(TEXT_CHUNK), strict=True)
-    return torch.cat([_encode_chunk(tower, chunk, ids, shared) for chunk, ids in pairs])  # (C, d)
+    whole = torch.is_grad_enabled() or len(embeddings) <= TEXT_CHUNK
+    size = len(embeddings) if whole else TEXT_CHUNK
+    pairs = zip(embeddings.split(size), tokenized.split(size), strict=True)
+    texts = torch.cat([_encode_chunk(tower, chunk, ids, shared, beginnings) for chunk, ids in pairs], dim=1)
+    return texts[0] if beginnings is None else texts
 
 
 @torch.no_grad()
@@ -122,13 +127,16 @@ def encode_prompts(clip_model: CLIP, texts: list[str]) -> torch.Tensor:
     return features / features.norm(dim=-1, keepdim=True)
 
 
-def _encode_chunk(tower, embeddings, tokenized, shared):
+def _encode_chunk(tower, embeddings, tokenized, shared, beginnings):
     length = int(tokenized.argmax(dim=-1).max()) + 1
-    x = embeddings[:, :length] + tower.positional_embedding[:length].type(embeddings.dtype)  # (C, length, w)
+    positions = tower.positional_embedding[:length].type(embeddings.dtype)
+    x = embeddings[:, :length] + positions  # (C, length, w)
     packing = Packing(tokenized, shared, x.shape[-1])
+    if beginnings is not None:
+        beginnings = beginnings.type(x.dtype) + positions[:shared]
     with packing.masking(tower.transformer, x):
-        x = packing.unpack(tower.transformer(packing.pack(x)))  # (C, w)
-    return tower.ln_final(x) @ tower.text_projection  # (C, d)
+        x = packing.unpack(tower.transformer(packing.pack(x, beginnings)))  # (B, C, w)
+    return tower.ln_final(x) @ tower.text_projection  # (B, C, d)
 
 
 # --------------------------------------------------------------------------------------------------- reading, writing

@@ -52,16 +52,21 @@ class Packing:
         sees = ((slot == -1) | (slot == slot.unsqueeze(1))).tril()
         self.mask = torch.zeros(sees.shape).masked_fill(~sees, -torch.inf)  # (T, T)
 
-    def pack(self, x: Tensor) -> Tensor:
-        """(C, length, w), length reaching the longest text's end → (T, n, w)."""
+    def pack(self, x: Tensor, beginnings: Tensor | None = None) -> Tensor:
+        """(C, length, w), length reaching the longest text's end → (T, B·n, w).
+
+        beginnings: (B, P, w), as many times all texts behind a beginning of their own; those of ``x``, once, if None.
+        """
         rows = (self.texts * x.shape[1] + self.positions).flatten().to(x.device)
-        own = x.flatten(0, 1).index_select(0, rows).unflatten(0, (-1, self.sequences))  # (T-P, n, w)
-        beginning = x[0, : self.shared].unsqueeze(1).expand(-1, self.sequences, -1)  # (P, n, w)
-        return torch.cat([beginning, own])
+        own = x.flatten(0, 1).index_select(0, rows).unflatten(0, (-1, 1, self.sequences))  # (T-P, 1, n, w)
+        first = x[:1, : self.shared] if beginnings is None else beginnings
+        first = first.transpose(0, 1).unsqueeze(2).expand(-1, -1, self.sequences, -1)  # (P, B, n, w)
+        return torch.cat([first, own.expand(-1, first.shape[1], -1, -1)]).flatten(1, 2)
 
     def unpack(self, x: Tensor) -> Tensor:
-        """What the tower made of each text's end: (T, n, w) → (C, w)."""
-        return x.flatten(0, 1).index_select(0, self.ends.to(x.device))
+        """What the tower made of each text's end: (T, B·n, w) → (B, C, w)."""
+        rows = x.unflatten(1, (-1, self.sequences)).transpose(0, 1).flatten(1, 2)  # (B, T·n, w)
+        return rows.index_select(1, self.ends.to(x.device))
 
     @contextmanager
     def masking(self, transformer: nn.Module, like: Tensor) -> Iterator[None]:

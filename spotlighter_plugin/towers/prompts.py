@@ -19,6 +19,7 @@ class TextEncoder(nn.Module):
     """CLIP's text tower on given token embeddings (C, 77, w): embeddings of the classes (C, d), not normalized.
 
     shared: how many leading positions are the same for all classes, as ``PromptLearner.shared`` says.
+    beginnings: (B, shared, w), what stands in these positions instead, B times over: embeddings (B, C, d).
     """
 
     def __init__(self, clip_model: CLIP):
@@ -28,8 +29,14 @@ class TextEncoder(nn.Module):
         self.ln_final = clip_model.ln_final
         self.text_projection = clip_model.text_projection
 
-    def forward(self, prompts: torch.Tensor, tokenized_prompts: torch.Tensor, shared: int = 1) -> torch.Tensor:
-        return encode_tokens(self, prompts, tokenized_prompts, shared)
+    def forward(
+        self,
+        prompts: torch.Tensor,
+        tokenized_prompts: torch.Tensor,
+        shared: int = 1,
+        beginnings: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return encode_tokens(self, prompts, tokenized_prompts, shared, beginnings)
 
 
 class PromptLearner(nn.Module):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...compat import ROOT as HERE
-from ..training.runs import read_run, same
+from ..training.runs import config_folder, read_run, same
 
 ELEVEN = ["imagenet", "caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101", "fgvc_aircraft"]
 ELEVEN += ["sun397", "dtd", "eurosat", "ucf101"]
@@ -118,10 +118,11 @@ class Plan:
 
     def _host(self, name):
         known = [path.name for path in (self.home / "configs/trainers").glob("*/")]
-        found = next((host for host in known if host.lower() == name.lower()), None)
+        served = [*known, *(f"{host}Spotlighter" for host in known)]
+        found = next((host for host in served if host.lower() == name.lower()), None)
         if found is None:
             raise ValueError(f"unknown host {name!r}: configs/trainers has {', '.join(sorted(known)) or 'none'}")
-        configs = sorted(path.stem for path in (self.home / "configs/trainers" / found).glob("*.yaml"))
+        configs = sorted(path.stem for path in config_folder(self.home, found).glob("*.yaml"))
         if self.config not in configs:
             raise ValueError(f"--config {self.config}: {found} has {', '.join(configs) or 'none'}")
         return found
@@ -144,7 +145,7 @@ class Plan:
         folder = Path(self.output, folder, f"seed{seed}")
         flags = ["--root", self.root, "--seed", seed, "--trainer", host, "--output-dir", folder]
         flags += ["--dataset-config-file", f"configs/datasets/{dataset}.yaml"]
-        flags += ["--config-file", f"configs/trainers/{host}/{self.config}.yaml"]
+        flags += ["--config-file", f"{config_folder(self.home, host).relative_to(self.home)}/{self.config}.yaml"]
         if needs is not None or host == ZERO_SHOT:
             flags += ["--eval-only", *(["--model-dir", needs] if needs else [])]
         options = (*settings, *self.options)

@@ -17,6 +17,12 @@ MARKS = re.compile(
 EPOCH = re.compile(r"epoch \[(\d+)/(\d+)\](?:\s*(?:batch )?\[(\d+)/(\d+)\])?")
 
 
+def config_folder(home: Path, trainer: str) -> Path:
+    """Where a trainer's configuration files are; those of XSpotlighter are X's where it has none of its own."""
+    own = Path(home, "configs", "trainers", trainer)
+    return own if own.is_dir() else own.with_name(trainer.removesuffix("Spotlighter") or "-")
+
+
 @dataclass(frozen=True)
 class RunLog:
     """One run as its folder tells it.

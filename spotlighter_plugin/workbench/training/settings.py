@@ -13,6 +13,7 @@ from yacs.config import CfgNode
 
 from ...compat import ROOT
 from ...files import regular
+from .runs import config_folder
 
 DEFAULT_SEED = 1
 DEFAULT_BACKBONE = "ViT-B/16"
@@ -99,7 +100,7 @@ def setup_cfg(args, modules=()) -> CfgNode:
 
     if args.dataset_config_file:
         _merge_file(cfg, "--dataset-config-file", args.dataset_config_file)
-    default = ROOT / "configs" / "trainers" / args.trainer / "default.yaml"
+    default = config_folder(ROOT, args.trainer) / "default.yaml"
     if args.config_file:
         _merge_file(cfg, "--config-file", args.config_file)
     elif args.trainer and default.is_file():
