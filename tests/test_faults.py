@@ -511,7 +511,7 @@ def test_a_bare_state_dict_and_one_of_parallel_training_are_taken(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    [[1, 2], {}, {"state_dict": None}, {"state_dict": {}}, {"state_dict": {"w": 3}}, {"state_dict": {1: torch.ones(1)}},
+    [[1, 2], {}, {"state_dict": None}, {"state_dict": {"w": 3}}, {"state_dict": {1: torch.ones(1)}},
      torch.ones(3), "text", None, {"epoch": 3}, {"state_dict": [torch.ones(1)]}],
     ids=str,
 )  # fmt: skip

@@ -5,6 +5,8 @@ import torch
 from hosts_kit import batch_of, make_trainer
 from random_clips import random_clip
 
+from spotlighter_plugin.hosts import adapter_for
+from spotlighter_plugin.hosts.maple import MaPLeAdapter
 from spotlighter_plugin.towers.clip import tokenize
 from spotlighter_plugin.towers.deep_prompts import DeepPrompts
 
@@ -105,3 +107,23 @@ def test_a_depth_beyond_the_tower_is_cut_with_a_note_and_none_is_refused(tmp_pat
     assert "PROMPT_DEPTH 30 exceeds the tower's 3 blocks" in capsys.readouterr().out
     with pytest.raises(ValueError, match="PROMPT_DEPTH 0 is below 1"):
         maple(tmp_path, "TRAINER.MAPLE.PROMPT_DEPTH", 0)
+
+
+class ForkedMaPLe(torch.nn.Module):
+    """MaPLe as its fork has it: the towers are called with their prompts."""
+
+    def __init__(self, ours):
+        super().__init__()
+        self.prompt_learner, self.tokenized_prompts = ours.prompt_learner, ours.tokenized_prompts
+        self.logit_scale, self.dtype, self.ours = ours.logit_scale, ours.dtype, ours
+        self.text_encoder = lambda prompts, ids, deep: ours.text_encoder(prompts, ids) * (len(deep) == 2)
+        self.image_encoder = lambda images, first, deep: ours.encode_image(images) * (len(first) == len(deep) == 2)
+
+
+@torch.no_grad()
+def test_the_forks_maple_is_called_its_own_way(tmp_path):
+    ours = maple(tmp_path).model
+    adapter, images = MaPLeAdapter(ForkedMaPLe(ours)), torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(adapter.encode_text(), ours.encode_text(), atol=1e-5, rtol=1e-4)
+    assert torch.equal(adapter.encode_image(images), ours.encode_image(images))
+    assert type(adapter_for(ForkedMaPLe(ours))) is MaPLeAdapter

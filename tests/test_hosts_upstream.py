@@ -1,4 +1,4 @@
-"""Our hosts against the forks' own code, where checkouts are at hand: same keys, logits and losses, with and without us.
+"""Our hosts against the forks' own code, where checkouts are at hand: same keys, logits, losses, with and without us.
 
 SPOTLIGHTER_UPSTREAM names a folder with the checkouts CoOp, multimodal-prompt-learning, PromptKD, CLIPFit, KgCoOp and
 MMRL.

@@ -5,10 +5,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import clip
 import pytest
+import torch
+from clip.clip import _transform
+from clip.model import CLIP
+from hosts_kit import make_trainer
+from method_kit import random_clip
+from PIL import Image
+from random_clips import CLASS_NAMES, SIZE
 
 from datasets import icon_scenes
-from spotlighter_plugin import cli
+from spotlighter_plugin import SpotlighterWrapper, cli
+from spotlighter_plugin.hosts import HostAdapter, adapter_for
+from spotlighter_plugin.hosts.clip_model import CLIPModelAdapter
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -79,3 +89,85 @@ def test_every_function_that_the_equations_name_is_where_they_say():
         for name in names.split(", "):
             for part in name.split("."):
                 assert re.search(rf"^\s*(def|class) {part}\b", source.read_text(encoding="utf-8"), re.M), (file, name)
+
+
+# ------------------------------------------------------------------------------------------------ docs/your_own_host.md
+
+
+DOC = Path(__file__).parent.parent / "docs/your_own_host.md"
+EXAMPLES = re.findall(r"```python\n(.*?)```", DOC.read_text(), re.S)
+ALL = SIZE // 8 * (SIZE // 8)  # every token
+
+
+@pytest.fixture
+def folder_of_photos(tmp_path, monkeypatch):
+    """A random CLIP of 64 tokens in clip.load's place, and six photos in the working folder."""
+    torch.manual_seed(0)
+    model = CLIP(64, 64, 2, 64, 8, 77, 49408, 64, 1, 2).eval()
+    monkeypatch.setattr(clip, "load", lambda name, device: (model, _transform(64)))
+    monkeypatch.chdir(tmp_path)
+    for name, number in ((n, i) for n in ("blue", "red") for i in range(3)):
+        (tmp_path / "photos" / name).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (70, 64 + number), name).save(tmp_path / "photos" / name / f"{number}.png")
+    return model
+
+
+def test_the_three_lines_of_the_document_classify(folder_of_photos):
+    names = {}
+    exec(EXAMPLES[0], names)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert names["wrapper"](images).shape == (2, 3)
+        assert names["wrapper"].kept.shape == (2, 32)
+        shots = names["few_shots"] = [(torch.randn(6, 3, 64, 64), torch.arange(6) % 3)]
+        exec(EXAMPLES[1], names)
+        names["wrapper"].plugin.memory.weight.fill_(1e3)  # texts are random
+        names["wrapper"].refresh()
+        assert names["wrapper"](shots[0][0]).argmax(1).tolist() == shots[0][1].tolist()
+        exec(EXAMPLES[2], names)
+        assert names["wrapper"](images).shape == (2, 3)
+
+
+def test_the_documents_own_adapter_trains_its_host_and_the_plugin(folder_of_photos):
+    names = {}
+    exec(EXAMPLES[3], names)
+    wrapper, host = names["wrapper"], names["host"]
+    texts = clip.tokenize(["a photo of a blue.", "a photo of a red."])
+    assert not torch.equal(host.text, folder_of_photos.encode_text(texts))
+    wrapper.load_state_dict(torch.load("spotlighter.pt"))
+
+
+def test_the_complete_example_has_at_most_forty_lines():
+    assert len(EXAMPLES[3].splitlines()) <= 40
+
+
+def test_another_template_gives_other_texts():
+    model = random_clip()
+    photo, sketch = (CLIPModelAdapter(model, ["frog"], template=t) for t in ("a photo of a {}.", "a sketch of a {}."))
+    assert not torch.equal(photo.encode_text(), sketch.encode_text())
+
+
+def test_a_plain_clip_without_class_names_is_refused_in_one_line():
+    with pytest.raises(ValueError, match=r"^a plain CLIP knows no classes: pass class_names=\[...\]$"):
+        SpotlighterWrapper(random_clip())
+
+
+def test_an_adapter_of_ones_own_keeps_the_others_from_nothing():
+    class Mine(HostAdapter):
+        pass
+
+    assert isinstance(adapter_for(random_clip(), CLASS_NAMES), CLIPModelAdapter)
+    with pytest.raises(ValueError, match="no adapter recognises a Linear; pass adapter=…"):
+        adapter_for(torch.nn.Linear(2, 2))
+
+
+def test_the_documents_trainer_of_twenty_lines_trains(tmp_path):
+    names = {}
+    exec(EXAMPLES[4], names)
+    assert len([line for line in EXAMPLES[4].splitlines() if line]) <= 20
+    options = ("TRAINER.COOP.PREC", "fp32", "TRAINER.SPOTLIGHTER.TOP_K", 6)
+    trainer = make_trainer(tmp_path, "NearSpotlighter", "coop", *options)
+    before = trainer.spotlighter.host.prompt_learner.ctx.clone()
+    trainer.train()
+    assert not torch.equal(before, trainer.spotlighter.host.prompt_learner.ctx)
+    assert trainer.spotlighter.plugin.memory.is_ready

@@ -1,8 +1,8 @@
-"""MMRL: representation tokens in the upper blocks of both towers (Guo and Gu, "MMRL: Multi-Modal Representation Learning
-for Vision-Language Models", CVPR 2025).
+"""MMRL: representation tokens in the upper blocks of both towers (Guo and Gu, "MMRL: Multi-Modal Representation
+Learning for Vision-Language Models", CVPR 2025).
 
-An image is read out twice, from CLS (class features) and from the mean of its representation tokens through a projection
-of their own (representation features). On the classes that were trained both decide, on others class features alone.
+An image is read out twice, from CLS (class features) and from the mean of its representation tokens through their own
+projection (representation features). On the classes that were trained both decide, on others class features alone.
 """
 
 import torch
@@ -19,7 +19,7 @@ from spotlighter_plugin.trainer import SpotlighterAttachedMixin
 
 from .host import HostTrainer, hand_written
 
-WEIGHTS = {  # λ by data set; 1 for others
+WEIGHTS = {  # λ by data set, as its authors have it; 1 for others
     "StanfordCars": 7.0, "FGVCAircraft": 6.0, "SUN397": 6.0, "DescribableTextures": 6.0, "Food101": 5.0,
     "OxfordFlowers": 4.0, "UCF101": 3.0, "ImageNet": 0.5, "Caltech101": 0.5, "OxfordPets": 0.2, "EuroSAT": 0.01,
 }  # fmt: skip
@@ -29,7 +29,7 @@ def extend_cfg(cfg):
     """Add the options of MMRL."""
     cfg.TRAINER.MMRL = CfgNode()
     cfg.TRAINER.MMRL.ALPHA = 0.7  # α, weight of the class features beside the representation features
-    cfg.TRAINER.MMRL.REG_WEIGHT = -1.0  # λ, weight of the distances to frozen CLIP; below 0: the paper's of the data set
+    cfg.TRAINER.MMRL.REG_WEIGHT = -1.0  # λ, weight of the distances to frozen CLIP; below 0: the data set's
     cfg.TRAINER.MMRL.N_REP_TOKENS = 5  # representation tokens
     cfg.TRAINER.MMRL.REP_LAYERS = []  # blocks that they enter, from 1; none named: the upper half, 6 to 12 of 12
     cfg.TRAINER.MMRL.REP_DIM = 512  # width of the space that both towers' tokens come from (the paper's EuroSAT: 2048)
@@ -46,7 +46,7 @@ def blocks_with_tokens(layers, n_blocks):
 
 
 def through_blocks(blocks, x, tokens, first=0, entered=0):
-    """A sequence through blocks first, first + 1, …; tokens stand behind its first position, anew in each of their blocks.
+    """A sequence through blocks first, first + 1, …; tokens stand behind its first position, anew in each of theirs.
 
     x: (S, B, w); tokens: {block: (R, w)}; entered: how many positions there are theirs already.
     """
@@ -99,7 +99,7 @@ class RepresentationTower(nn.Module):
         self.proj_rep = nn.Parameter(torch.randn(width, dim) * width**-0.5)
 
     def forward(self, images, tokens=None):
-        """(B, 3, H, W), {block: (R, w)} -> what CLS and what the tokens say, (B, d) both; without tokens None for these."""
+        """(B, 3, H, W), {block: (R, w)} -> what CLS and what the tokens say, (B, d) both; None for no tokens."""
         x = self.conv1(images).flatten(2).transpose(1, 2)  # (B, N, w)
         cls = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)
         x = self.ln_pre(torch.cat([cls, x], dim=1) + self.positional_embedding.to(x.dtype))

@@ -1,4 +1,4 @@
-"""CoOp: learned context words in front of the class name, both towers frozen; KgCoOp: its texts are held near CLIP's."""
+"""CoOp: learned context words in front of the class name, both towers frozen; KgCoOp: CoOp held near CLIP's texts."""
 
 from torch import Tensor, nn
 

@@ -26,7 +26,7 @@ app = typer.Typer(add_completion=False)
 
 @app.command(cls=ListOptions)
 def command(
-    host: Annotated[str, typer.Option(help="coop, maple, clipfit, promptkd")] = "coop",
+    host: Annotated[str, typer.Option(help="coop, kgcoop, maple, clipfit, promptkd")] = "coop",
     datasets: Annotated[list[str], typer.Option(help="names of configs/datasets, the source first")] = tuple(ICONS),
     seeds: Annotated[list[int], typer.Option(help="seeds of shots and training")] = (1, 2, 3),
     rows: Annotated[list[str], typer.Option(help="rows by name (default: all)")] = (),

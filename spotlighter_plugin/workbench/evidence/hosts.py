@@ -58,18 +58,19 @@ def rates(lengths) -> tuple[dict, ...]:
 
 def kind_of(host: str) -> Kind:
     """A host by its short name; raises ValueError for an unknown one."""
-    if host == "coop":
+    if host in KEEPERS:
         warm = {"OPTIM.WARMUP_EPOCH": 1, "OPTIM.WARMUP_TYPE": "constant", "OPTIM.WARMUP_CONS_LR": 1e-5}
         options = {**warm, "TRAINER.COOP.PREC": "fp32", "TRAINER.COOP.CTX_INIT": "a photo of a"}
-        return Kind("CoOp", options, rates(LENGTHS), rates(SHORT), True)
+        return Kind(KEEPERS[host], options, rates(LENGTHS), rates(SHORT), True)
     if host not in TUNED:
-        raise ValueError(f"--host {host}: take one of coop, {', '.join(TUNED)}")
+        raise ValueError(f"--host {host}: take one of {', '.join([*KEEPERS, *TUNED])}")
     trainer, tries = TUNED[host]
     grid = tuple({RATE: rate, EPOCHS: n, SIZE: size} for rate, n, size in tries)
     options, student = {f"TRAINER.{trainer.upper()}.PREC": "amp"}, STUDENT if trainer == "PromptKD" else ""
     return Kind(trainer, {**options, **(DISTILLED if student else {})}, grid, grid, student=student)
 
 
+KEEPERS = {"coop": "CoOp", "kgcoop": "KgCoOp"}  # hosts that leave the vision tower as it is
 TUNED = {  # hosts that train the vision tower: their trainer; rate, epochs and batch size of each try
     "maple": ("MaPLe", ((0.04, 2, 32), (0.02, 1, 16), (0.02, 3, 16), (0.01, 3, 16))),
     "clipfit": ("CLIPFit", ((0.01, 2, 32), (0.01, 1, 16), (0.02, 2, 32), (0.005, 3, 16))),

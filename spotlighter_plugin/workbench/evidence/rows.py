@@ -63,7 +63,7 @@ def rows(kind: Kind) -> list[Row]:
             for suffix in ("", OPEN) for name in ("text residual", "templates", *memory)
         ),
         Row(f"{PROBE}, shots of all classes", _tuned_head(PROBE, ""), (kind.grid, heads.HEADS[PROBE].grid)),
-        *(released if kind.keeps_tower else ()),
+        *(released if host == "CoOp" else ()),
         _with_plugin(kind, ", paper", _trained_with, preset="paper"),
         _with_plugin(kind, ", random tokens", _attached, activation="random"),
         *(() if kind.keeps_tower else (_with_plugin(kind, ", trained together", _trained_with),)),

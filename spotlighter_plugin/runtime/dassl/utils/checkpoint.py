@@ -63,10 +63,10 @@ def load_checkpoint(fpath) -> dict:
     if not fpath or not os.path.exists(fpath):
         raise FileNotFoundError(f"no checkpoint at {fpath}")
     content = _read(regular(fpath))
-    if isinstance(content, dict) and "state_dict" not in content:
+    if content and isinstance(content, dict) and "state_dict" not in content:
         content = {"state_dict": content}
-    state = content.get("state_dict") if isinstance(content, dict) else None
-    if not state or not isinstance(state, dict) or not all(map(_is_tensor, state.items())):
+    state = content.get("state_dict") if isinstance(content, dict) else None  # empty of a model without any
+    if not isinstance(state, dict) or not all(map(_is_tensor, state.items())):
         raise ValueError(f"{fpath} is no checkpoint: it holds no state_dict, a dictionary of named tensors")
     require_finite(state, f"{fpath} is of no use")
     number = re.search(r"\.tar-(\d+)$", os.fspath(fpath))
