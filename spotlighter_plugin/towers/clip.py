@@ -107,7 +107,8 @@ def encode_tokens(
     positions of all texts have one and the same embedding, which is encoded once for several texts, and whose gradient
     goes to the first text's. beginnings: (B, shared, w), what stands in these positions instead, B times over.
     Returns (C, d), or (B, C, d) with beginnings, not normalized. What follows the longest text's end is never computed:
-    attention is causal, so nothing before it depends on it. Without gradient, classes go through in chunks of TEXT_CHUNK.
+    attention is causal, so nothing before it depends on it. Without gradient, classes go in chunks of
+    TEXT_CHUNK.
     """
     whole = torch.is_grad_enabled() or len(embeddings) <= TEXT_CHUNK
     size = len(embeddings) if whole else TEXT_CHUNK
