@@ -213,7 +213,7 @@ def test_mistakes_are_one_line(place, tmp_path, refusal):
         (one / f"tulip/{number}.png").write_text("no picture")
     line = refusal("train", one, "--backbone", clip, "--output", tmp_path / "failed")
     assert "class 'tulip': none of its 2 training pictures can be read" in line
-    assert "--host Nobody: take one of CLIPFit, CoOp" in refusal("train", photos, "--host", "Nobody")
+    assert "--host Nobody: take one of CLIPFit, CoCoOp" in refusal("train", photos, "--host", "Nobody")
     assert "holds a finished run" in refusal("train", photos, "--output", place / "run")
     assert "nowhere: no such folder of a run" in refusal("predict", tmp_path / "nowhere", photos)
     assert "has no run.json" in refusal("predict", photos, photos)
