@@ -81,6 +81,14 @@ def test_rows_of_other_settings_are_run_again_and_other_rows_stay(tmp_path, fami
     assert "seed 1: zero-shot\n" in capsys.readouterr().out
 
 
+def test_the_released_algorithm_and_the_papers_steps_learn_from_kept_states(tmp_path, family):
+    names = ["CoOp + TextRefiner", "CoOp + Spotlighter, as released", "CoOp + Spotlighter, paper"]
+    assert evidence(tmp_path, family[:1], "--rows", *names) == 0
+    records = json.loads((tmp_path / "rows.json").read_text())
+    trained = {r["method"]: r["trained"] for r in records if r.get("dataset") == "average"}
+    assert set(trained) == set(names) and trained[names[0]] < trained[names[1]]  # the image branch is trained, too
+
+
 def test_fewer_shots_are_rows_of_their_own(tmp_path, family):
     for shots in ("16", "2"):
         assert evidence(tmp_path, family[:1], "--rows", "CoOp + cache", "--shots", shots) == 0

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from spotlighter_plugin.method.activation import attention_score
-from spotlighter_plugin.method.layout import layout_of
+from spotlighter_plugin.method.layout import Attention, Gaze
 from spotlighter_plugin.towers.prompts import normalize
 
 from .coop import CoOp, CustomCLIP
@@ -89,7 +89,7 @@ class ReleasedCLIP(CustomCLIP):
         self.encode_image(image)
         for hook in hooks:
             hook.remove()
-        gaze = layout_of(vision).gaze(len(vision.transformer.resblocks) - 1)
+        gaze = Gaze(last.ln_1, Attention(last.attn), lambda entering: entering[0])
         attention = attention_score(caught["entering"], gaze)[:, 1:]  # (B, N)
         joint = vision.ln_post(caught["leaving"]).transpose(0, 1) @ vision.proj  # (B, 1+N, d)
         return joint, 1 + attention.topk(BEST, 1).indices
