@@ -16,7 +16,8 @@ from spotlighter_plugin.workbench.training.cached import CachedTower, HiddenStat
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DEVICE = "cuda"
 MODULES = {"CoOp": "coop", "MaPLe": "maple", "CLIPFit": "clipfit", "PromptKD": "promptkd"}
-RATES = {"CoOp": 0.05, "MaPLe": 0.005, "CLIPFit": 0.002, "PromptKD": 0.002}
+MORE = {"KgCoOp": "kgcoop", "CoCoOp": "cocoop", "MMRL": "mmrl"}  # registered beside their hosts
+RATES = {"CoOp": 0.05, "MaPLe": 0.005, "CLIPFit": 0.002, "PromptKD": 0.002, **dict.fromkeys(MORE, 0.002)}
 hosts = pytest.mark.parametrize("host", list(MODULES))
 
 
@@ -30,8 +31,10 @@ def make(folder, host, teacher, *options, precision="fp32", on_gpu=True, preset=
     """A trainer of the host with Spotlighter."""
     selection = ["TRAINER.SPOTLIGHTER.PRESET", preset, "TRAINER.SPOTLIGHTER.TOP_K", 6]
     needed = [*teacher, "TRAINER.MODAL", "cross"] if host == "PromptKD" else []
-    options = [f"TRAINER.{host.upper()}.PREC", precision, "OPTIM.LR", RATES[host], "USE_CUDA", on_gpu, *options]
-    return make_trainer(folder, f"{host}Spotlighter", f"{MODULES[host]}_spotlighter", *needed, *selection, *options)
+    node, module = "COOP" if host == "KgCoOp" else host.upper(), {**MODULES, **MORE}[host]
+    options = [f"TRAINER.{node}.PREC", precision, "OPTIM.LR", RATES[host], "USE_CUDA", on_gpu, *options]
+    module += "_spotlighter" if host in MODULES else ""
+    return make_trainer(folder, f"{host}Spotlighter", module, *needed, *selection, *options)
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +62,7 @@ def test_a_trained_model_gives_on_a_gpu_the_logits_that_it_gives_on_a_cpu(tmp_pa
     torch.testing.assert_close(logits_of(loaded), logits_of(trained), atol=2e-3, rtol=2e-3)
 
 
-@hosts
+@pytest.mark.parametrize("host", [*MODULES, *MORE])
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "amp"])
 def test_every_precision_trains_remembers_and_loads_on_a_gpu(tmp_path, teacher, host, precision):
     trainer = make(tmp_path, host, teacher, precision=precision)
@@ -68,7 +71,7 @@ def test_every_precision_trains_remembers_and_loads_on_a_gpu(tmp_path, teacher, 
     again.load_model(str(tmp_path / "out"), epoch=2)
     logits = logits_of(again)
     assert logits.isfinite().all()
-    assert again.model.plugin.memory.is_ready
+    assert again.spotlighter.plugin.memory.is_ready
     torch.testing.assert_close(logits, logits_of(trainer), atol=2e-2, rtol=2e-2)
     trained = [p for group in trainer._optims[trainer.checkpoint].param_groups for p in group["params"]]
     assert all(p.device.type == DEVICE and p.isfinite().all() for p in trained)

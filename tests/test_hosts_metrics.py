@@ -33,6 +33,9 @@ OPTIONS = {
         "TRAINER.PROMPTKD.KD_WEIGHT": 10.0, "OPTIM.MAX_EPOCH": 4, "DATALOADER.TRAIN_X.BATCH_SIZE": 48,
     },
     "CLIPFit": {"OPTIM.LR": 0.02},
+    "KgCoOp": {"OPTIM.LR": 0.05, "TRAINER.COOP.CTX_INIT": "a photo of a"},
+    "CoCoOp": {"OPTIM.LR": 0.02, "TRAINER.COCOOP.CTX_INIT": "a photo of a"},
+    "MMRL": {"OPTIM.LR": 0.001, "OPTIM.NAME": "adamw", "TRAINER.MMRL.PREC": "fp32"},
 }  # fmt: skip
 PLUGIN = {"TRAINER.SPOTLIGHTER.PRESET": "paper"}  # whose settings never change
 STORED = {
@@ -45,6 +48,10 @@ STORED = {
     "PromptKDSpotlighter": [2.472, 2.684],
     "CLIPFit": [0.5491, 0.7966],
     "CLIPFitSpotlighter": [0.5423, 0.7929],
+    "KgCoOp": [0.7056, 0.87],
+    "KgCoOpSpotlighter": [0.5967, 0.8347],
+    "CoCoOp": [0.7046, 1.0676],
+    "MMRL": [0.6487, 0.7776],
 }
 
 
@@ -96,6 +103,9 @@ STEPS_OF = {
     "PromptSRC": ["TRAINER.PROMPTSRC.PREC", "fp32", "TRAINER.PROMPTSRC.GPA_MEAN", 1, "OPTIM.LR", 0.01],
     "PromptKD": ["TRAINER.PROMPTKD.PREC", "fp32", "TRAINER.PROMPTKD.KD_WEIGHT", 100.0, "OPTIM.LR", 0.002],
     "CLIPFit": ["TRAINER.CLIPFIT.PREC", "fp32", "OPTIM.LR", 0.002],
+    "KgCoOp": ["TRAINER.COOP.PREC", "fp32", "OPTIM.LR", 0.05],
+    "CoCoOp": ["TRAINER.COCOOP.PREC", "fp32", "OPTIM.LR", 0.05],
+    "MMRL": ["TRAINER.MMRL.PREC", "fp32", "OPTIM.NAME", "adamw", "OPTIM.LR", 0.002],
 }
 LOSSES = {  # in step 1, 5 and 10
     "CoOp": [1.8667, 1.7782, 1.7402],
@@ -103,6 +113,9 @@ LOSSES = {  # in step 1, 5 and 10
     "PromptSRC": [5.1526, 2.7883, 2.4339],
     "PromptKD": [3.3441, 0.6638, 0.4005],
     "CLIPFit": [1.8802, 1.8745, 1.8621],
+    "KgCoOp": [8.7766, 5.2856, 4.6628],
+    "CoCoOp": [1.8037, 1.8012, 1.7954],
+    "MMRL": [2.8101, 2.0125, 1.697],
 }
 
 
