@@ -1,10 +1,12 @@
 """SpotlighterTrainerMixin: the plug-in in a Dassl trainer, whatever the host."""
 
+import io
 import os
 import os.path as osp
 import random
 import re
 import warnings
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import cache
 from importlib import import_module
 
@@ -120,11 +122,8 @@ class SpotlighterTrainerMixin:
 
     def load_model(self, directory, epoch=None) -> None:
         """Load the host's checkpoint the host's way, and the plug-in's beside it if the folder has one."""
-        plugin = self._models.pop(self.folder)  # the host loads its own models
-        try:
+        with self._unseen() as plugin:
             super().load_model(directory, epoch)
-        finally:
-            self._models[self.folder] = plugin
         if not directory:
             return
         file_name = "model-best.pth.tar" if epoch is None else f"model.pth.tar-{epoch}"
@@ -139,6 +138,15 @@ class SpotlighterTrainerMixin:
         if plugin.memory is not None and not plugin.memory.is_ready:
             print(f"Note: {path} was saved to go on from, in the middle of training: it remembers no shots")
         print(f'Loaded {self.folder} from "{path}" (epoch = {checkpoint["epoch"]})')
+
+    @contextmanager
+    def _unseen(self):
+        """The plug-in's state is none of the registered models for a while: the host sees to its own."""
+        plugin = self._models.pop(self.folder)
+        try:
+            yield plugin
+        finally:
+            self._models[self.folder] = plugin
 
     def _attach(self, directory, epoch):
         """Beside a host that was trained without the plug-in: learn from the shots that it was trained on, if this run
@@ -224,11 +232,12 @@ class SpotlighterAttachedMixin(SpotlighterTrainerMixin):
         super().__init__(cfg)
 
     def make_adapter(self, host, class_names) -> HostAdapter:
-        return self.adapter(host, class_names, super(SpotlighterTrainerMixin, self).model_inference)
+        return self.adapter(host, class_names, self._asked)
 
     def build_model(self) -> None:
         super(SpotlighterTrainerMixin, self).build_model()
-        self.spotlighter = self.wrapped()
+        with undisturbed(self._hosts_models()):
+            self.spotlighter = self.wrapped()
         self.register_model(self.folder, self.spotlighter.plugin)
         print(f"Spotlighter is attached to {self.cfg.TRAINER.NAME}, which is trained by its own step")
 
@@ -236,7 +245,8 @@ class SpotlighterAttachedMixin(SpotlighterTrainerMixin):
         super(SpotlighterTrainerMixin, self).before_train()
 
     def forward_backward(self, batch) -> dict[str, float]:
-        return super(SpotlighterTrainerMixin, self).forward_backward(batch)
+        with self._unseen():
+            return super(SpotlighterTrainerMixin, self).forward_backward(batch)
 
     def model_inference(self, images) -> torch.Tensor:
         return self.spotlighter(images)
@@ -244,12 +254,53 @@ class SpotlighterAttachedMixin(SpotlighterTrainerMixin):
     def test(self, split=None) -> float:
         return TrainerX.test(self, split)  # a host's own asks its model
 
+    def _asked(self, images):
+        """What the host's own evaluation says of images: of a test that it brings, what an evaluator is given."""
+        host = super(SpotlighterTrainerMixin, self)
+        if host.test.__func__ is TrainerX.test:
+            return host.model_inference(images)
+        labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
+        one = [{"img": images, "label": labels}]
+        evaluator = _Listens()
+        told = {"evaluator": evaluator, "val_loader": one, "test_loader": one, "set_model_mode": lambda *mode: None}
+        before = {name: vars(self)[name] for name in told if name in vars(self)}
+        vars(self).update(told)
+        try:
+            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # a bar for each batch
+                host.test()
+        except _Heard:
+            return evaluator.output
+        finally:
+            for name in told:
+                del vars(self)[name]
+            vars(self).update(before)
+        raise ValueError(f"{self.cfg.TRAINER.NAME}.test hands nothing to its evaluator: nobody knows what it says")
+
+    def _hosts_models(self):
+        models = [model for name, model in self._models.items() if name != self.folder]
+        return nn.ModuleList([self.model, *models])
+
     def _remember(self):
-        with undisturbed(self.spotlighter.host):  # hosts keep texts in evaluation, and forget none in training
+        with undisturbed(self._hosts_models()):  # hosts keep texts in evaluation, and forget none in training
             super()._remember()
 
     def _precision(self):
         return "fp32"  # the host's own forward sees to its own
+
+
+class _Heard(Exception):
+    """The evaluator has been given what it is there for."""
+
+
+class _Listens:
+    """An evaluator that keeps what it is given, and ends the test that gives it."""
+
+    def reset(self):
+        pass
+
+    def process(self, output, label):
+        self.output = output
+        raise _Heard
 
 
 def data_of(directory: str) -> tuple[str, str] | None:

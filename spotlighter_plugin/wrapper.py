@@ -208,10 +208,15 @@ class SpotlighterWrapper(Pretrained, nn.Module):
 
     @contextmanager
     def _evaluating(self):
-        """Evaluation mode for a while, and what is training afterwards trains as before."""
+        """Evaluation mode for a while, and what is training afterwards trains as before.
+
+        Without .eval(), which some layers (LoRA) take as an occasion to change weights.
+        """
         training = [module for module in self.modules() if module.training]
+        for module in training:
+            module.training = False
         if training:
-            self.eval()
+            self.refresh()
         try:
             yield
         finally:

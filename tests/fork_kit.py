@@ -27,6 +27,7 @@ CLASSES = {
     "woven": "black",
     "zigzagged": "white",
 }
+MORE = {"bubbly": "orange", "fibrous": "purple", "lined": "grey", "waffled": "brown"}
 SHORT_RUN = [
     *("DATASET.NUM_SHOTS", "2", "OPTIM.MAX_EPOCH", "1", "INPUT.SIZE", "(32, 32)"),
     *("DATALOADER.TRAIN_X.BATCH_SIZE", "4", "DATALOADER.NUM_WORKERS", "0"),
@@ -70,39 +71,45 @@ def make(name, folder):
         UPSTREAM / fork.folder, copy, ignore=shutil.ignore_patterns(".git", "*.png", "*.jpg", "Dassl.pytorch")
     )
     save_clip(folder / "clip.pt", fork.embed, fork.vision, fork.text)
-    if name == "PromptKD":
-        shutil.move(folder / "clip.pt", copy / "clip/ViT-B-16.pt")
+    provide_weights(folder / "clip.pt", copy, folder)
+    provide_pictures(folder)
+    return copy
+
+
+def provide(copy, folder, embed, size, patch):
+    """Weights of the widths that hosts take for granted where any fork looks for them, and the data sets."""
+    save_clip(folder / "clip.pt", embed, 768, 512, size, patch)
+    provide_weights(folder / "clip.pt", copy, folder)
+    provide_pictures(folder, CLASSES | MORE)
+    for part in ("train", "val"):
+        for n, name in enumerate(sorted(CLASSES | MORE)):
+            shutil.copytree(folder / "data/dtd/images" / name, folder / f"data/imagenet/images/{part}/n{n:08d}")
+    lines = [f"n{n:08d} {name}\n" for n, name in enumerate(sorted(CLASSES | MORE))]
+    (folder / "data/imagenet/classnames.txt").write_text("".join(lines))
+
+
+def provide_weights(weights, copy, folder):
+    """Let a fork's clip find the weights: they are downloaded from a URL that holds their checksum, or (PromptKD's) lie
+    in its folder, with a teacher's beside them."""
+    if (copy / "teacher_model").is_dir():
+        shutil.move(weights, copy / "clip/ViT-B-16.pt")
         save_clip(copy / "clip/ViT-L-14.pt", 768, 64, 64)
         teacher = copy / "teacher_model/DescribableTextures/VLPromptLearner"
         teacher.mkdir(parents=True)
         state = {"prompt_learner.ctx": torch.randn(4, 64) * 0.02}
         torch.save({"state_dict": state, "epoch": 1}, teacher / "model-best.pth.tar")
-    else:
-        provide_weights(folder / "clip.pt", copy, folder)
-    provide_pictures(folder)
-    return copy
-
-
-def provide(copy, folder, size, patch):
-    """Weights of the widths that hosts take for granted where any fork looks for them, and the data set."""
-    save_clip(folder / "clip.pt", 512, 768, 512, size, patch)
-    provide_weights(folder / "clip.pt", copy, folder)
-    provide_pictures(folder)
-
-
-def provide_weights(weights, copy, folder):
-    """Let a fork's clip find the weights: they are downloaded from a URL that holds their checksum."""
+        return
     checksum = hashlib.sha256(weights.read_bytes()).hexdigest()
     (folder / checksum).mkdir()
     shutil.move(weights, folder / checksum / "ViT-B-16.pt")
     url = (folder / checksum / "ViT-B-16.pt").as_uri()
-    for code in copy.glob("clip*/clip.py"):
+    for code in copy.rglob("clip*/clip.py"):
         code.write_text(re.sub(r'("ViT-B/16":\s*)".*"', rf'\1"{url}"', code.read_text()))
 
 
-def provide_pictures(folder):
+def provide_pictures(folder, classes=CLASSES):
     """A data set in `folder`/data."""
-    for texture, colour in CLASSES.items():
+    for texture, colour in classes.items():
         for i in range(8):
             path = folder / f"data/dtd/images/{texture}/{texture}_{i}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -252,6 +252,7 @@ def test_a_trainer_that_nobody_foresaw_is_named_and_gets_a_file_of_its_own(tmp_p
     assert "KgCoOp is trained by its own step (trainers.kgcoop)" in said and "--trainer KgCoOpSpotlighter" in said
     written = (folder / "trainers/kgcoop_spotlighter.py").read_text()
     assert 'class KgCoOpSpotlighter(SpotlighterAttachedMixin, TRAINER_REGISTRY.get("KgCoOp")):' in written
+    assert "import trainers.kgcoop  # noqa" in written
     lines = (folder / "train.py").read_text().splitlines()
     assert lines[lines.index("import trainers.prograd") + 1] == "import trainers.kgcoop_spotlighter"
     run(capsys, folder, trainer="prograd")
@@ -272,6 +273,18 @@ def test_trainers_in_a_folder_of_another_name_are_found_there(tmp_path, capsys):
     lines = script.read_text().splitlines()
     assert lines[lines.index("import prompting.lasp") + 1] == "import prompting.lasp_spotlighter"
     assert (folder / "prompting/lasp_spotlighter.py").is_file()
+
+
+def test_a_trainer_that_train_py_forgot_to_import_is_found_when_it_is_named_and_detached_again(tmp_path, capsys):
+    folder = descendant(tmp_path / "fork", "HPT")
+    script = folder / "train.py"
+    script.write_text(script.read_text().replace("import trainers.hpt\n", ""))
+    before = contents(folder)
+    assert "HPT" not in run(capsys, folder, dry_run=True)
+    assert "HPT is trained by its own step (trainers.hpt)" in run(capsys, folder, trainer="HPT")
+    assert "import trainers.hpt  # noqa" in (folder / "trainers/hpt_spotlighter.py").read_text()
+    run(capsys, folder, detach=True)
+    assert contents(folder) == before
 
 
 def test_which_of_several_unknown_trainers_is_meant_has_to_be_said(tmp_path, capsys):
@@ -351,7 +364,7 @@ from dassl.engine import TRAINER_REGISTRY
 
 def report(cfg):
     bases = [base.__name__ for base in TRAINER_REGISTRY.get("CoOpSpotlighter").__bases__]
-    print(sys.argv, bases, cfg.TRAINER.SPOTLIGHTER.PRESET, torch.ones(1).cuda().half().device)
+    print(sys.argv, bases, cfg.TRAINER.SPOTLIGHTER.PRESET, torch.ones(1).cuda().to("cuda:0").half().device)
 """
 
 

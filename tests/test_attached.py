@@ -26,6 +26,20 @@ if "PromptSRCSpotlighter" not in TRAINER_REGISTRY.registered_names():
     class PromptSRCSpotlighter(SpotlighterAttachedMixin, TRAINER_REGISTRY.get("PromptSRC")):
         pass
 
+    class OwnTest(TRAINER_REGISTRY.get("PromptSRC")):
+        """Its test makes other logits of its model's than its model does (MMRL, TextRefiner), and leaves a file."""
+
+        def test(self, split=None):
+            self.set_model_mode("eval")
+            for batch in self.test_loader:
+                images, labels = self.parse_batch_test(batch)
+                self.evaluator.process(-2 * self.model(images), labels)
+            (Path(self.output_dir) / "results.json").write_text(str(self.evaluator.evaluate()))
+
+    @TRAINER_REGISTRY.register()
+    class OwnTestSpotlighter(SpotlighterAttachedMixin, OwnTest):
+        pass
+
 
 def made(folder, trainer, *options):
     return make_trainer(folder, trainer, "promptsrc", *OPTIONS, *options)
@@ -69,6 +83,17 @@ def test_with_every_token_and_nothing_remembered_its_logits_are_the_hosts(tmp_pa
     images = batch_of(trainer)["img"]
     with torch.no_grad():
         torch.testing.assert_close(trainer.model_inference(images), trainer.model(images), atol=1e-4, rtol=1e-4)
+
+
+def test_what_a_hosts_own_test_hands_its_evaluator_is_its_answer_and_nothing_else_of_that_test_is_done(tmp_path):
+    keep_all = ("TRAINER.SPOTLIGHTER.TOP_K", N_TOKENS, "TRAINER.SPOTLIGHTER.STAGES", ())
+    trainer = made(tmp_path, "OwnTestSpotlighter", *keep_all)
+    assert any(module.training for module in trainer._models["VLPromptLearner"].modules())
+    trainer.set_model_mode("eval")
+    images, before = batch_of(trainer)["img"], trainer.test_loader
+    with torch.no_grad():
+        torch.testing.assert_close(trainer.model_inference(images), -2 * trainer.model(images), atol=1e-4, rtol=1e-4)
+    assert trainer.test_loader is before and not list(tmp_path.rglob("results.json"))
 
 
 def test_a_mapping_that_would_have_to_be_trained_is_refused_in_one_line(tmp_path):

@@ -1,5 +1,7 @@
 """towers/clip.py: where weights come from, what is said when they are bad, and the trimmed text tower."""
 
+import json
+
 import pytest
 import torch
 from clip.model import CLIP
@@ -220,3 +222,62 @@ def test_open_clips_weights_keep_the_activation_that_they_were_trained_with(tmp_
     torch.save(theirs.state_dict(), tmp_path / "plain.pt")
     load_clip(str(tmp_path / "plain.pt"))
     assert "plain.pt: taken to have OpenAI's activation" in capsys.readouterr().out
+
+
+TOWER = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 1}
+
+
+def saved_by_transformers(folder, **options):
+    """A small CLIP in a folder of transformers', and what it makes of pictures and texts."""
+    transformers = pytest.importorskip("transformers")
+    text = {**TOWER, "vocab_size": 49408, "eos_token_id": 49407, **options}
+    vision = {**TOWER, "image_size": 32, "patch_size": 8, **options}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=48)
+    model = transformers.CLIPModel(config).eval()
+    model.save_pretrained(folder)
+    taken = lambda output: output if isinstance(output, torch.Tensor) else output.pooler_output  # noqa: E731
+    return lambda images: taken(model.get_image_features(images)), lambda ids: taken(model.get_text_features(ids))
+
+
+@torch.no_grad()
+def test_transformers_clip_gives_a_host_the_embeddings_that_it_gave_there_with_its_activation(tmp_path):
+    images, texts = torch.randn(2, 3, 32, 32), tokenize(TEXTS)
+    for activation in ("quick_gelu", "gelu"):
+        image, text = saved_by_transformers(tmp_path / activation, hidden_act=activation)
+        ours = load_clip(f"transformers:{tmp_path / activation}")
+        torch.testing.assert_close(ours.encode_image(images), image(images), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(ours.encode_text(texts), text(texts), atol=1e-4, rtol=1e-4)
+        assert backbones.weights_file(f"transformers:{tmp_path / activation}").name == "model.safetensors"
+
+
+@torch.no_grad()
+def test_open_clips_own_loader_gives_a_host_the_embeddings_that_it_gave_there_with_its_activation(tmp_path):
+    open_clip = pytest.importorskip("open_clip")
+    images, texts = torch.randn(2, 3, 32, 32), tokenize(TEXTS)
+    vision = {"layers": 2, "width": 64, "patch_size": 8, "image_size": 32, "head_width": 64}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2}
+    for quick in (True, False):
+        settings = {"embed_dim": 48, "vision_cfg": vision, "text_cfg": text, "quick_gelu": quick}
+        (tmp_path / f"small-{quick}.json").write_text(json.dumps(settings))
+        open_clip.add_model_config(tmp_path / f"small-{quick}.json")
+        theirs = open_clip.create_model(f"small-{quick}").eval()
+        torch.save(theirs.state_dict(), tmp_path / "weights.bin")
+        ours = load_clip(f"open_clip:small-{quick}/{tmp_path / 'weights.bin'}")
+        torch.testing.assert_close(ours.encode_image(images), theirs.encode_image(images), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(ours.encode_text(texts), theirs.encode_text(texts), atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="append :gelu, or :quickgelu"):
+        load_clip(f"open_clip:{tmp_path / 'weights.bin'}")
+    assert load_clip(f"open_clip:{tmp_path / 'weights.bin'}:gelu").visual.input_resolution == 32
+    with pytest.raises(ValueError, match="no weights are named: write ViT-B-16/WEIGHTS, with one of openai") as error:
+        load_clip("open_clip:ViT-B-16")
+    assert one_line(error)
+
+
+def test_a_librarys_tower_of_another_architecture_is_refused_in_one_line_that_says_the_next_step(tmp_path):
+    saved_by_transformers(tmp_path / "heads", num_attention_heads=2)  # OpenAI's heads are 64 wide
+    with pytest.raises(ValueError, match="heads is no CLIP of OpenAI's architecture.*your_own_host.md") as error:
+        load_clip(f"transformers:{tmp_path / 'heads'}")
+    assert one_line(error)
+    with pytest.raises(ValueError, match="transformers cannot load .*absent.*check --library and --backbone") as error:
+        load_clip(f"transformers:{tmp_path / 'absent'}")
+    assert one_line(error)

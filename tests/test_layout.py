@@ -148,6 +148,20 @@ def test_low_rank_layers_count_in_the_scores():
     assert not torch.allclose(*seen)
 
 
+def test_layers_that_change_their_weights_on_eval_are_not_made_to_while_shots_are_remembered():
+    class Merges(torch.nn.LayerNorm):
+        def train(self, mode=True):
+            with torch.no_grad():
+                self.weight += 0.1
+            return super().train(mode)
+
+    tower = Miniature().eval()
+    tower.ln_post = Merges(tower.ln_post.normalized_shape)
+    wrapper = SpotlighterWrapper(Host(tower), SpotlighterConfig(top_k=6), class_names=CLASS_NAMES)
+    assert wrapper.remember([(some_images(6), torch.arange(6))]) == 6
+    assert torch.equal(tower.ln_post.weight, torch.ones_like(tower.ln_post.weight)) and tower.ln_post.training
+
+
 def test_a_host_that_keeps_its_own_logits_is_not_trained_through_the_wrapper():
     wrapper = wrap(Miniature())
     with pytest.raises(ValueError, match="Host is trained by its own step"):

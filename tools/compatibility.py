@@ -3,7 +3,7 @@
     SPOTLIGHTER_UPSTREAM=checkouts python tools/compatibility.py [NAME …]
 
 SPOTLIGHTER_UPSTREAM names a folder with checkouts by the names below, and of Dassl as `dassl`; what is not there is
-left out. Each repository's own train.py runs on a copy, on the CPU, with a CLIP of random weights and 48 pictures of
+left out. Each repository's own train.py runs on a copy, on the CPU, with a CLIP of random weights and 80 pictures of
 plain colours: attached, trained for an epoch on the base classes, loaded again and evaluated on the new ones, detached.
 """
 
@@ -39,44 +39,54 @@ class Repository:
     options: tuple[str, ...] = ()
     size: int = 32
     patch: int = 8
+    embed: int = 512
     dassl: str = "dassl"
+    data: str = "dtd"
+    flags: tuple[str, ...] = ()  # of its train.py alone
+    into: str = ""  # the checkout among whose trainers its one file belongs
 
 
 B16 = "ViT-B/16"
 REPOSITORIES = {
-    "CoOp": Repository("CoOp", "CoOp", "CoOp/vit_b16"),
-    "CoCoOp": Repository("CoOp", "CoCoOp", "CoCoOp/vit_b16_c4_ep10_batch1_ctxv1"),
-    "MaPLe": Repository("multimodal-prompt-learning", "MaPLe", "MaPLe/vit_b16_c2_ep5_batch4_2ctx"),
-    "CLIPFit": Repository("CLIPFit/CLIPFit", "ClipFit", "ClipFit/vit_b16_ep30"),
-    "KgCoOp": Repository("KgCoOp/KgCoOp", "KgCoOp", "KgCoOp/vit_b16_ep100_ctxv1"),
+    "CoOp": Repository("CoOp", "CoOp", "trainers/CoOp/vit_b16"),
+    "CoCoOp": Repository("CoOp", "CoCoOp", "trainers/CoCoOp/vit_b16_c4_ep10_batch1_ctxv1"),
+    "MaPLe": Repository("multimodal-prompt-learning", "MaPLe", "trainers/MaPLe/vit_b16_c2_ep5_batch4_2ctx"),
+    "PromptKD": Repository("PromptKD", "PromptKD", "trainers/PromptKD/vit_b16_c2_ep20_batch8_4+4ctx"),
+    "CLIPFit": Repository("CLIPFit/CLIPFit", "ClipFit", "trainers/ClipFit/vit_b16_ep30"),
+    "KgCoOp": Repository("KgCoOp/KgCoOp", "KgCoOp", "trainers/KgCoOp/vit_b16_ep100_ctxv1"),
     "ProGrad": Repository(
         "ProGrad/ProGrad.public",
         "ProGrad",
-        "ProGrad/rn50",
+        "trainers/ProGrad/rn50",
         ("MODEL.BACKBONE.NAME", B16),
         dassl="ProGrad/Dassl.ProGrad.pytorch",
     ),
-    "PromptSRC": Repository("PromptSRC", "PromptSRC", "PromptSRC/vit_b16_c2_ep20_batch4_4+4ctx"),
-    "TCP": Repository("TCP", "TCP", "KgCoOp/vit_b16_ep100_ctxv1", ("TRAINER.COOP.W", "1.0")),
+    "PromptSRC": Repository("PromptSRC", "PromptSRC", "trainers/PromptSRC/vit_b16_c2_ep20_batch4_4+4ctx"),
+    "TCP": Repository("TCP", "TCP", "trainers/TCP/vit_b16_ep100_ctxv1"),
     "MMA": Repository(
         "MMA",
         "MultiModalAdapter",
-        "MultiModalAdapter/vit_b16_ep5",
+        "trainers/MultiModalAdapter/vit_b16_ep5",
         ("TRAINER.MMADAPTER.ADAPTER_START", "1", "TRAINER.MMADAPTER.ADAPTER_END", "2"),
     ),
-    "RPO": Repository("RPO", "RPO", "RPO/main_K4", size=224, patch=16),
-    "DePT": Repository("DePT", "ExtrasLinearProbeCoOp", "ExtrasLinearProbeCoOp/vit_b16_ep10_ctxv1_bs4_lr35"),
-    "MMRL": Repository("MMRL", "MMRL", "MMRL/vit_b16", ("TASK", "B2N", "TRAINER.MMRL.REP_LAYERS", "[1,2]")),
-    "MMRL++": Repository("MMRL", "MMRLpp", "MMRLpp/vit_b16", ("TASK", "B2N", "TRAINER.MMRLpp.REP_LAYERS", "[1,2]")),
-    "ProMetaR": Repository("ProMetaR", "ProMetaR", "ProMetaR/vit_b16_c2_ep10_batch4_4+4ctx"),
-    "CoPrompt": Repository("CoPrompt", "CoPrompt", "coprompt"),
-    "LoCoOp": Repository("LoCoOp", "LoCoOp", "LoCoOp/vit_b16_ep50"),
-    "TAC": Repository("TAC", "TAC", "TAC/basetonovel"),
-    "HPT": Repository("HPT", "HPT", "HPT/b2n"),
-    "LASP": Repository("LASP", "LASP", "../LASP/vit_b16_c4_ep10_batch1_cls_t2t_5_wcl_25_g1_b"),
-    "PLOT++": Repository("PLOT/plot-pp", "PLOTPP", "PLOTPP/vit"),
-    "TaskRes": Repository("TaskRes", "TaskRes", "TaskRes/adam_lr2e-3_B256_ep100", ("MODEL.BACKBONE.NAME", B16)),
-    "TextRefiner": Repository("TextRefiner", "TextRefiner", "TextRefiner/vit_b16_ep10_ctxv1"),
+    "RPO": Repository("RPO", "RPO", "trainers/RPO/main_K4", size=224, patch=16),
+    "DePT": Repository("DePT", "ExtrasLinearProbeCoOp", "trainers/ExtrasLinearProbeCoOp/vit_b16_ep10_ctxv1_bs4_lr35"),
+    "MMRL": Repository("MMRL", "MMRL", "trainers/MMRL/vit_b16", ("TASK", "B2N", "TRAINER.MMRL.REP_LAYERS", "[1,2]")),
+    "MMRL++": Repository(
+        "MMRL", "MMRLpp", "trainers/MMRLpp/vit_b16", ("TASK", "B2N", "TRAINER.MMRLpp.REP_LAYERS", "[1,2]")
+    ),
+    "ProMetaR": Repository("ProMetaR", "ProMetaR", "trainers/ProMetaR/vit_b16_c2_ep10_batch4_4+4ctx"),
+    "CoPrompt": Repository("CoPrompt", "CoPrompt", "trainers/coprompt"),
+    "LoCoOp": Repository("LoCoOp", "LoCoOp", "trainers/LoCoOp/vit_b16_ep50", data="imagenet", flags=("--topk", "2")),
+    "TAC": Repository("TAC", "TAC", "trainers/TAC/basetonovel"),
+    "HPT": Repository("HPT", "HPT", "trainers/HPT/b2n", ("DATASET.GPT_DIR", "data/gpt_data"), data="b2n/dtd"),
+    "LASP": Repository("LASP", "LASP", "LASP/vit_b16_c4_ep10_batch1_cls_t2t_5_wcl_25_g1_b"),
+    "PLOT++": Repository("PLOT/plot-pp", "PLOTPP", "trainers/PLOTPP/vit"),
+    "TaskRes": Repository(
+        "TaskRes", "TaskRes", "trainers/TaskRes/adam_lr2e-3_B256_ep100", ("MODEL.BACKBONE.NAME", B16)
+    ),
+    "TextRefiner": Repository("TextRefiner", "TextRefiner", "trainers/TextRefiner/vit_b16_ep10_ctxv1"),
+    "CLIP-Adapter": Repository("CLIP-Adapter", "CLIP_Adapter", "trainers/CoOp/vit_b16", embed=1024, into="CoOp"),
 }
 SCRIPTS = {  # repositories that are no trainers of Dassl's: their own clip, wrapped in Python
     "CLIP-LoRA": """
@@ -102,6 +112,7 @@ from clip.model import CLIP
 torch.manual_seed(0)
 model = CLIP(64, 32, 12, 64, 8, 77, 49408, 64, 1, 12).eval()
 {own}
+model.eval()
 from spotlighter_plugin import SpotlighterConfig, SpotlighterWrapper
 images, names = torch.randn(6, 3, 32, 32), ["red", "green", "blue"]
 with torch.no_grad():
@@ -122,8 +133,10 @@ def try_repository(repository: Repository, folder: Path) -> dict[str, str]:
     """The row of one repository."""
     copy, row = folder / "fork", dict.fromkeys(COLUMNS, "")
     ignore = shutil.ignore_patterns(".git", "*.png", "*.jpg", "Dassl*", "output", "__pycache__")
-    shutil.copytree(UPSTREAM / repository.folder, copy, ignore=ignore)
-    fork_kit.provide(copy, folder, size=repository.size, patch=repository.patch)
+    shutil.copytree(UPSTREAM / (repository.into or repository.folder), copy, ignore=ignore)
+    if repository.into:
+        add_trainer(UPSTREAM / repository.folder, copy)
+    fork_kit.provide(copy, folder, repository.embed, repository.size, repository.patch)
     before = contents(copy)
     out, err, status = execute(copy, *CALL, "attach", ".", "--trainer", repository.trainer)
     row["recognised"] = "yes" if status == 0 else one_line(err)
@@ -136,8 +149,8 @@ def try_repository(repository: Repository, folder: Path) -> dict[str, str]:
     def flags(output, *more):
         return (
             *("--root", str(folder / "data"), "--seed", "1", "--trainer", trainer, "--output-dir", output),
-            *("--dataset-config-file", "configs/datasets/dtd.yaml"),
-            *("--config-file", f"configs/trainers/{repository.config}.yaml", *more),
+            *("--dataset-config-file", f"configs/datasets/{repository.data}.yaml", *repository.flags),
+            *("--config-file", f"configs/{repository.config}.yaml", *more),
         )
 
     base = ("DATASET.SUBSAMPLE_CLASSES", "base")
@@ -154,6 +167,15 @@ def try_repository(repository: Repository, folder: Path) -> dict[str, str]:
     execute(copy, *CALL, "attach", ".", "--detach")
     row["detached"] = "yes" if contents(copy) == before else "no"
     return row
+
+
+def add_trainer(checkout: Path, copy: Path) -> None:
+    """Put a repository's one file among a fork's trainers, as its README says."""
+    (file,) = checkout.glob("*.py")
+    shutil.copy(file, copy / "trainers" / file.name)
+    script = (copy / "train.py").read_text()
+    line = "import trainers.coop\n"
+    (copy / "train.py").write_text(script.replace(line, f"{line}import trainers.{file.stem}\n"))
 
 
 def try_script(own: str, checkout: Path) -> dict[str, str]:

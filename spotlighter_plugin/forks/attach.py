@@ -26,6 +26,7 @@ GENERIC = '''"""{name} with Spotlighter: trained by its own step, with Spotlight
 
 from dassl.engine import TRAINER_REGISTRY
 
+import {module}  # noqa: F401
 from spotlighter_plugin.trainer import SpotlighterAttachedMixin
 
 
@@ -58,6 +59,7 @@ class Host:
     known: str | None
     registered: str
     module: str
+    imported: bool = True  # by train.py
 
     @property
     def trainer(self) -> str:
@@ -73,7 +75,7 @@ class Host:
         """What is written, by path in the fork."""
         path = f"{self.ours.replace('.', '/')}.py"
         if self.known is None:
-            return {path: GENERIC.format(name=self.registered).encode()}
+            return {path: GENERIC.format(name=self.registered, module=self.module).encode()}
         config = f"configs/trainers/{self.trainer}/vit_b16.yaml"
         return {path: _read(f"trainers/{path.rpartition('/')[2]}"), config: _read(config)}
 
@@ -100,7 +102,7 @@ def known_as(registered: str) -> str | None:
 
 
 def hosts_in(folder: Path) -> list[Host]:
-    """The trainers that the train.py in `folder` imports: those that are known, youngest first, then the others.
+    """The trainers of `folder`: those that its train.py imports, first the known ones, youngest first; then the others.
 
     Raises:
         FileNotFoundError, ValueError: there is no such folder, or no train.py that imports a trainer.
@@ -115,21 +117,24 @@ def hosts_in(folder: Path) -> list[Host]:
         raise ValueError(f"{folder} is no fork of CoOp or of its descendants: it has no train.py; {hint}")
     script, found = (folder / "train.py").read_text(errors="replace"), []
     for path in sorted(folder.glob("*/*.py")):
-        package, imports = path.parent.name, r"^(from|import)\s+{}\b"
-        beside = path.with_name("__init__.py")
-        whole = re.search(rf"^import\s+{package}\s*$", script, re.M) and beside.is_file()
-        if re.search(imports.format(package) + rf".*\b{path.stem}\b", script, re.M) or (
-            whole and re.search(rf"\b{path.stem}\b", beside.read_text(errors="replace"))
-        ):
-            names = _REGISTERED.findall(path.read_text(errors="replace"))
-            found += [Host(known_as(name), name, f"{package}.{path.stem}") for name in names]
-    found = [host for host in found if not host.registered.endswith(SUFFIX)]
-    if not found:
+        names = [name for name in _REGISTERED.findall(path.read_text(errors="replace")) if not name.endswith(SUFFIX)]
+        imported = bool(names) and _imports(script, path)
+        found += [Host(known_as(name), name, f"{path.parent.name}.{path.stem}", imported) for name in names]
+    if not any(host.imported for host in found):
         raise ValueError(
             f"{folder} is no fork of CoOp or of its descendants: its train.py imports no trainer that Dassl registers; "
             "wrap the model in Python (docs/your_own_host.md)"
         )
-    return sorted(found, key=lambda host: (*KNOWN, None).index(host.known))
+    return sorted(found, key=lambda host: (not host.imported, (*KNOWN, None).index(host.known)))
+
+
+def _imports(script: str, path: Path) -> bool:
+    """Whether a train.py of that text imports a module, by itself or with its whole package."""
+    package, name, beside = path.parent.name, rf"\b{path.stem}\b", path.with_name("__init__.py")
+    if re.search(rf"^(from|import)\s+{package}\b.*{name}", script, re.M):
+        return True
+    whole = re.search(rf"^import\s+{package}\s*$", script, re.M) and beside.is_file()
+    return bool(whole and re.search(name, beside.read_text(errors="replace")))
 
 
 def choose(folder: Path, trainer: str | None) -> Host:
@@ -139,15 +144,15 @@ def choose(folder: Path, trainer: str | None) -> Host:
         ValueError: there is no such trainer, or nobody said which of several.
     """
     hosts = hosts_in(folder)
-    names = ", ".join(host.registered for host in hosts)
     if trainer is not None:
-        wanted = trainer.removesuffix(SUFFIX).lower()
+        names, wanted = ", ".join(host.registered for host in hosts), trainer.removesuffix(SUFFIX).lower()
         for host in hosts:
             if wanted in (host.registered.lower(), (host.known or "").lower()):
                 return host
         raise ValueError(f"{folder} has no trainer {trainer}: take --trainer with one of {names}")
-    if hosts[0].known is None and len(hosts) > 1:
-        raise ValueError(f"{folder} has the trainers {names}: say which with --trainer")
+    names = [host.registered for host in hosts if host.imported]
+    if hosts[0].known is None and len(names) > 1:
+        raise ValueError(f"{folder} has the trainers {', '.join(names)}: say which with --trainer")
     return hosts[0]
 
 
@@ -313,7 +318,7 @@ def command(
         changes, left = plan_attach(folder, host), []
     what = f"a fork of {host.known}" if host.known else f"{host.registered} is trained by its own step"
     print(f"{folder}: {what} ({host.module})")
-    others = [each.registered for each in hosts_in(folder) if each != host]
+    others = [each.registered for each in hosts_in(folder) if each != host and each.imported]
     if others and trainer is None and not detach:
         print(f"  also there: {', '.join(others)} (--trainer NAME)")
     before = _read_lines(folder / "train.py")[0]

@@ -4,8 +4,10 @@ Importing it, before Dassl is imported, applies it. It acts on the whole process
 program that has a use of its own for `.cuda()`.
 """
 
+import functools
 import warnings
 
+import numpy
 import torch
 
 from .. import compat
@@ -13,13 +15,26 @@ from .. import compat
 
 @compat.once
 def stay_on_cpu() -> None:
-    """The forks call `.cuda()` whatever the machine has (CLIPFit before it trains, PromptKD on its teacher), and build
-    CLIP in half precision whatever PREC says (PromptKD's projection, MaPLe's). Without a GPU both are left out, as
-    `clip.load` does on a CPU: everything stays there, in float32."""
+    """The forks call `.cuda()` or `.to("cuda")` whatever the machine has (CLIPFit before it trains, PromptKD on its
+    teacher), and build CLIP in half precision whatever PREC says (PromptKD's projection, MaPLe's). Without a GPU all
+    are left out, as `clip.load` does on a CPU: everything stays there, in float32."""
     if torch.cuda.is_available():
         return
     for kind in (torch.Tensor, torch.nn.Module):
         kind.cuda = kind.half = lambda self, *args, **kwargs: self
+        kind.to = _without_gpu(kind.to)
+
+
+def _without_gpu(to):
+    def here(value):
+        is_gpu = isinstance(value, (str, torch.device)) and torch.device(value).type == "cuda"
+        return torch.device("cpu") if is_gpu else value
+
+    @functools.wraps(to)
+    def moved(self, *args, **kwargs):
+        return to(self, *map(here, args), **{name: here(value) for name, value in kwargs.items()})
+
+    return moved
 
 
 @compat.once
@@ -28,5 +43,15 @@ def silence_old_amp() -> None:
     warnings.filterwarnings("ignore", message=r"`torch\.cuda\.amp\.", category=FutureWarning)
 
 
+@compat.once
+def name_numpys_types() -> None:
+    """Dassl's RandAugment (in CoPrompt's configuration) and old forks say `np.int` and `np.float`, which NumPy 1.24
+    took away."""
+    for kind in (int, float):
+        if not hasattr(numpy, kind.__name__):
+            setattr(numpy, kind.__name__, kind)
+
+
 stay_on_cpu()
 silence_old_amp()
+name_numpys_types()

@@ -22,6 +22,7 @@ from .packing import Packing, common_prefix
 build_model = openai_clip_model().build_model
 WEIGHTS = Path(__file__).parents[1] / "weights"
 BUNDLED = {"micro": WEIGHTS / "micro_clip.safetensors", "tiny": WEIGHTS / "tiny_clip.safetensors"}  # 64 and 128 wide
+LIBRARIES = ("open_clip", "transformers")
 ACTIVATIONS = ("gelu", "quickgelu")
 PRECISIONS = ("fp16", "bf16", "fp32", "amp")
 TEXT_CHUNK = 256  # classes that go through the text tower at once when no gradient is kept
@@ -36,19 +37,33 @@ def load_clip(name: str, device: str | torch.device = "cpu") -> CLIP:
     name: one of OpenAI's names (downloaded with its checksum into ~/.cache/clip), one of `BUNDLED`, or a path to a
         TorchScript archive, a state dict (.pt, .pth, .bin) or a .safetensors file. open_clip's files of OpenAI's
         architecture are read, too: append the activation that they were trained with, as in `weights.bin:gelu` or
-        `weights.bin:quickgelu`, which their file names may say themselves.
+        `weights.bin:quickgelu`, which their file names may say themselves. `open_clip:MODEL/WEIGHTS` and
+        `transformers:NAME` (or a folder) are loaded by these libraries, activation and all.
     Raises ValueError (unknown name, file that holds no CLIP), FileNotFoundError (no such file), ConnectionError (the
         download failed); each is one line.
     """
-    name, said = _split_activation(str(name))
+    library, name = _split_library(str(name))
+    name, said = _split_activation(name)
+    if library and not Path(name).expanduser().is_file():
+        return _of_library(library, name).to(device)
     path = _locate(name)
     state_dict = _read_state_dict(path)
-    activation = said or _activation_of(path, state_dict)
-    model = _build(_expand_vocabulary(state_dict), path)
+    activation = said or _activation_of(path, state_dict, library)
+    return _with_activation(_build(_expand_vocabulary(state_dict), path), activation).to(device)
+
+
+def weights_file(name: str) -> Path | None:
+    """The file on this machine that ``load_clip(name)`` reads; None if a library or a download finds it by name."""
+    name = _split_activation(_split_library(name)[1])[0]
+    path = Path(BUNDLED.get(name, name)).expanduser()
+    return next((file for file in (path, path / "model.safetensors") if file.is_file()), None)
+
+
+def _with_activation(model, activation):
     if activation == "gelu":
         for block in (*model.transformer.resblocks, *_blocks(model.visual)):
             block.mlp.gelu = torch.nn.GELU()
-    return model.to(device)
+    return model
 
 
 def require_vision_transformer(clip_model: CLIP, name: str) -> None:
@@ -203,7 +218,102 @@ def _split_activation(name: str) -> tuple[str, str | None]:
     return (path, last) if path and last in ACTIVATIONS else (name, None)
 
 
-def _activation_of(path: Path, state_dict: dict[str, torch.Tensor]) -> str:
+def _split_library(name: str) -> tuple[str | None, str]:
+    """`library:name` as its two parts; a name without a known library in front of it stays as it is."""
+    library, _, rest = name.partition(":")
+    return (library, rest) if rest and library in LIBRARIES else (None, name)
+
+
+def _of_library(library: str, name: str) -> CLIP:
+    """A library's CLIP in OpenAI's architecture, seen to give the same embeddings.
+
+    Raises ValueError, one line: the library is missing, cannot load it, or it is of another architecture.
+    """
+    try:
+        theirs, state_dict, activation = {"open_clip": _of_open_clip, "transformers": _of_transformers}[library](name)
+    except ImportError:
+        raise ValueError(f"{library} is not installed: pip install 'spotlighter-plugin[{library}]'") from None
+    except Exception as error:  # each library has its own errors, and a hub that is out of reach yet others
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(f"{library} cannot load {name!r} ({reason}): check --library and --backbone") from None
+    other = ValueError(
+        f"{library}:{name} is no CLIP of OpenAI's architecture, which hosts need: take it as it is, with its classes' "
+        "names for texts (docs/your_own_host.md)"
+    )
+    if state_dict is None:
+        raise other
+    ours = _with_activation(_build(state_dict, Path(name)), activation)
+    size, ids = ours.visual.input_resolution, tokenize(["a photo of a cat."])[:, : ours.context_length]
+    images = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        pairs = zip((ours.encode_image(images), ours.encode_text(ids)), theirs(images, ids), strict=True)
+        if not all((own - their).abs().max() <= 1e-3 * their.abs().max() for own, their in pairs):
+            raise other
+    return ours
+
+
+def _of_open_clip(name):
+    """MODEL/WEIGHTS, a tag or a file; what encodes (images, ids), the state, and the activation."""
+    import open_clip
+
+    architecture, _, weights = (name, "", "") if name.startswith("hf-hub:") else name.partition("/")
+    if not weights and not name.startswith("hf-hub:"):
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)[:5]) or "a file"
+        raise ValueError(f"no weights are named: write {architecture}/WEIGHTS, with one of {tags}")
+    model = open_clip.create_model(architecture, pretrained=weights or None).float().eval()
+    state_dict = model.state_dict()
+    if not all(key in state_dict for key in _REQUIRED):
+        return None, None, None
+    quick = type(model.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU"
+    encode = lambda images, ids: (model.encode_image(images), model.encode_text(ids))  # noqa: E731
+    return encode, state_dict, "quickgelu" if quick else "gelu"
+
+
+_RENAMED = {  # transformers' names; self_attn's three projections become one
+    "text_model.embeddings.token_embedding": "token_embedding",
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.final_layer_norm": "ln_final",
+    "text_projection.weight": "text_projection",
+    "vision_model.embeddings.class_embedding": "visual.class_embedding",
+    "vision_model.embeddings.patch_embedding": "visual.conv1",
+    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
+    "vision_model.pre_layrnorm": "visual.ln_pre",
+    "vision_model.post_layernorm": "visual.ln_post",
+    "visual_projection.weight": "visual.proj",
+    "text_model.encoder.layers": "transformer.resblocks",
+    "vision_model.encoder.layers": "visual.transformer.resblocks",
+    "self_attn.out_proj": "attn.out_proj",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
+
+
+def _of_transformers(name):
+    """A name or a folder; what encodes (images, ids), the state, and the activation."""
+    import transformers
+
+    model = transformers.AutoModel.from_pretrained(name).float().eval()
+    if not isinstance(model, transformers.CLIPModel):
+        return None, None, None
+    state_dict = {}
+    for key, value in model.state_dict().items():
+        for theirs, ours in _RENAMED.items():
+            key = key.replace(theirs, ours)
+        state_dict[key] = value.T if key in ("text_projection", "visual.proj") else value
+    for key in [key for key in state_dict if ".self_attn.q_proj." in key]:
+        parts = [state_dict.pop(key.replace("q_proj", f"{part}_proj")) for part in "qkv"]
+        state_dict[key.replace("self_attn.q_proj.", "attn.in_proj_")] = torch.cat(parts)
+    taken = lambda output: output if isinstance(output, torch.Tensor) else output.pooler_output  # noqa: E731
+    encode = lambda images, ids: (  # noqa: E731
+        taken(model.get_image_features(pixel_values=images)),
+        taken(model.get_text_features(input_ids=ids)),
+    )
+    return encode, state_dict, "quickgelu" if model.config.vision_config.hidden_act == "quick_gelu" else "gelu"
+
+
+def _activation_of(path: Path, state_dict: dict[str, torch.Tensor], library: str | None = None) -> str:
     """The activation of weights whose name does not end with it: OpenAI's, or what the file's name says.
 
     Raises ValueError for a file of open_clip's that says neither; it would be wrong without an error.
@@ -211,7 +321,7 @@ def _activation_of(path: Path, state_dict: dict[str, torch.Tensor]) -> str:
     name = path.name.lower().replace("_", "").replace("-", "")
     if "gelu" in name:
         return "quickgelu" if "quickgelu" in name else "gelu"
-    foreign = any(word in name for word in ("openclip", "laion", "datacomp", "metaclip", "dfn"))
+    foreign = library is not None or any(word in name for word in ("openclip", "laion", "datacomp", "metaclip", "dfn"))
     if foreign:
         raise ValueError(
             f"{path} looks like open_clip's, whose models have either activation: append :gelu, or :quickgelu for a "

@@ -10,6 +10,11 @@ if TYPE_CHECKING:
     from ..training.train import Run
 
 CONFIGURATION = "configs/datasets/pictures.yaml"
+BACKBONES = {  # by library
+    None: "ViT-B/16",
+    "open_clip": "ViT-B-16/laion2b_s34b_b88k",
+    "transformers": "openai/clip-vit-base-patch16",
+}
 
 app = typer.Typer(add_completion=False)
 
@@ -20,7 +25,12 @@ def command(
     options: Annotated[list[str] | None, typer.Argument(help="behind --: KEY VALUE …, options of train.py")] = None,
     host: Annotated[str, typer.Option(help="what is trained: CoOp, MaPLe, CLIPFit …")] = "CoOp",
     shots: Annotated[int, typer.Option(help="pictures of a class to train on; 0: all")] = 16,
-    backbone: Annotated[str, typer.Option(help="OpenAI's name, a file, tiny or micro")] = "ViT-B/16",
+    backbone: Annotated[
+        str, typer.Option(help="OpenAI's name (default: ViT-B/16), a file, tiny or micro; or the library's name")
+    ] = "",
+    library: Annotated[
+        str | None, typer.Option(help="open_clip (--backbone MODEL/WEIGHTS) or transformers (a name or a folder)")
+    ] = None,
     output: Annotated[str, typer.Option(help="folder of the run (default: output/PHOTOS/HOST)")] = "",
     epochs: Annotated[int, typer.Option(help="0: as many as the host's configuration says")] = 0,
     seed: Annotated[int, typer.Option(help="of the split, the shots and the training")] = 1,
@@ -28,7 +38,7 @@ def command(
 ) -> None:
     """Train on a folder of your own pictures. Nothing is written beside them."""
     try:
-        run = train(photos, host, shots, backbone, output, epochs, seed, without, options or ())
+        run = train(photos, host, shots, backbone, output, epochs, seed, without, options or (), library)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on")
         raise typer.Exit(130) from None
@@ -42,12 +52,13 @@ def train(
     photos: str | os.PathLike,
     host: str = "CoOp",
     shots: int = 16,
-    backbone: str = "ViT-B/16",
+    backbone: str = "",
     output: str = "",
     epochs: int = 0,
     seed: int = 1,
     without: bool = False,
     options: tuple = (),
+    library: str | None = None,
 ) -> "Run":
     """What the command does; returns the run. A killed run goes on where it was.
 
@@ -63,6 +74,9 @@ def train(
     import_trainers_and_datasets()
     from datasets.pictures import class_pictures
 
+    if library not in BACKBONES:
+        raise ValueError(f"--library {library}: take open_clip or transformers, or leave it out")
+    backbone = ":".join(filter(None, (library, backbone or BACKBONES[library])))
     photos = Path(photos).expanduser().absolute()
     class_pictures(photos)  # before weights are fetched
     known = {name.lower(): name for name in hosts()}

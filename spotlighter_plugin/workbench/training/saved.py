@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...files import read_picture, write_aside
-from ...towers.clip import BUNDLED
+from ...towers.clip import weights_file
 from ...wrapper import SpotlighterWrapper
 from .settings import import_trainers_and_datasets, parse, setup_cfg
 
@@ -74,9 +74,9 @@ def save_run(trainer, cfg, results: dict) -> None:
 
 
 def digest(backbone: str) -> str | None:
-    """SHA-256 of a backbone's file; None for OpenAI's names, whose files are checked when they are loaded."""
-    path, found = Path(BUNDLED.get(backbone, backbone)).expanduser(), hashlib.sha256()
-    if not path.is_file():
+    """SHA-256 of a backbone's file; None for names, whose files are checked when they are loaded."""
+    path, found = weights_file(backbone), hashlib.sha256()
+    if path is None:
         return None
     with open(path, "rb") as file:
         while block := file.read(2**20):
