@@ -7,6 +7,7 @@ import torch
 from clip.model import CLIP
 from random_clips import random_clip
 from safetensors.torch import save_file
+from towers_kit import transformers_model
 
 from spotlighter_plugin.towers import clip as backbones
 from spotlighter_plugin.towers.clip import (
@@ -224,16 +225,11 @@ def test_open_clips_weights_keep_the_activation_that_they_were_trained_with(tmp_
     assert "plain.pt: taken to have OpenAI's activation" in capsys.readouterr().out
 
 
-TOWER = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 1}
-
-
 def saved_by_transformers(folder, **options):
     """A small CLIP in a folder of transformers', and what it makes of pictures and texts."""
-    transformers = pytest.importorskip("transformers")
-    text = {**TOWER, "vocab_size": 49408, "eos_token_id": 49407, **options}
-    vision = {**TOWER, "image_size": 32, "patch_size": 8, **options}
-    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=48)
-    model = transformers.CLIPModel(config).eval()
+    pytest.importorskip("transformers")
+    settings = {"intermediate_size": 256, "num_attention_heads": 1, **options}
+    model = transformers_model(text=settings | {"eos_token_id": 49407}, vision=settings)
     model.save_pretrained(folder)
     taken = lambda output: output if isinstance(output, torch.Tensor) else output.pooler_output  # noqa: E731
     return lambda images: taken(model.get_image_features(images)), lambda ids: taken(model.get_text_features(ids))

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from random_clips import save_random_clip
+from random_clips import random_clip, save_random_clip
+from scenes_kit import class_folders
+from towers_kit import HAS, transformers_model
 
 from spotlighter_plugin import SpotlighterWrapper, cli
 from spotlighter_plugin.workbench.photos.predict import predict
@@ -213,6 +215,7 @@ def test_mistakes_are_one_line(place, tmp_path, refusal):
         (one / f"tulip/{number}.png").write_text("no picture")
     line = refusal("train", one, "--backbone", clip, "--output", tmp_path / "failed")
     assert "class 'tulip': none of its 2 training pictures can be read" in line
+    assert "--library timm: take open_clip or transformers" in refusal("train", photos, "--library", "timm")
     assert "--host Nobody: take one of CLIPFit, CoCoOp" in refusal("train", photos, "--host", "Nobody")
     assert "holds a finished run" in refusal("train", photos, "--output", place / "run")
     assert "nowhere: no such folder of a run" in refusal("predict", tmp_path / "nowhere", photos)
@@ -235,24 +238,48 @@ def test_a_run_of_another_backbone_is_refused_in_one_line(place, tmp_path, refus
 # -- the documents ---------------------------------------------------------------------------------------------
 
 
-def test_the_documents_ten_lines_of_python_answer_as_its_commands_do(place, tmp_path, monkeypatch, call, capsys):
+def test_the_documents_ten_lines_of_python_answer_as_its_commands_do(tmp_path, monkeypatch, call, capsys):
     commands = re.findall(r"^    spotlighter (train .+|predict .+)", DOC, re.M)
     (snippet,) = re.findall(r"```python\n(.*?)```", DOC, re.S)
     assert len(snippet.splitlines()) <= 10
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(place / "photos", "photos")
-    shutil.copytree(place / "others", "others")
-    clip = str(place / "clip.safetensors")
+    class_folders("photos", drawings=6, scenes=1)
+    class_folders("others", "test", drawings=2, scenes=1)
     assert len(commands) == 3
     for command in commands:
-        more = ("--", *QUICK) if command.startswith("train") else ()
-        code, *_ = call(*command.replace("tiny", clip).replace("epochs 5", "epochs 1").split(), *more)
+        more = ("--", "DATALOADER.NUM_WORKERS", 0) if command.startswith("train") else ()
+        code, *_ = call(*command.replace("epochs 5", "epochs 1").split(), *more)
         assert code == 0
     rows = list(csv.reader(Path("answers.csv").read_text().splitlines()))[1:]
+    right = sum(Path(row[0]).parts[-2] == row[1] for row in rows)
+    assert len(rows) == 20 and right > 10
     shutil.rmtree("output")
-    exec(snippet.replace("tiny", clip).replace("epochs=5", f"epochs=1, options={QUICK}"), {})
+    exec(snippet.replace("epochs=5", "epochs=1, options=('DATALOADER.NUM_WORKERS', 0)"), {})
     said = capsys.readouterr().out.splitlines()[-len(rows) :]
     assert said == [f"{row[0]}: {row[1]}, {float(row[2]):.0%}" for row in rows]
+
+
+@pytest.mark.parametrize("library", ("open_clip", "transformers"))
+def test_a_librarys_clip_is_trained_on_and_a_run_finds_it_again(place, tmp_path, call, library):
+    if not HAS[library]:
+        pytest.skip(f"{library} is not installed")
+    if library == "open_clip":
+        name = tmp_path / "weights.bin"
+        torch.save(random_clip().state_dict(), name)
+        name = f"{name}:gelu"
+    else:
+        name = tmp_path / "theirs"
+        size = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 1}
+        transformers_model(text=size | {"eos_token_id": 49407}, vision=size).save_pretrained(name)
+    flags = ("--library", library, "--backbone", name, "--epochs", 1, "--shots", 2, "--output", tmp_path / "run")
+    code, said, _ = call("train", place / "photos", *flags, "--", *QUICK)
+    assert code == 0
+    note = json.loads((tmp_path / "run/run.json").read_text())
+    assert note["backbone"] == f"{library}:{name}" and note["backbone_sha256"]
+    run = load_run(tmp_path / "run")
+    assert len(list(predict(run, [place / "others"]))) == 6
+    hosts_gelu = type(run.trainer.model.host.image_encoder.transformer.resblocks[0].mlp.gelu).__name__
+    assert hosts_gelu == ("GELU" if library == "open_clip" else "QuickGELU")
 
 
 def test_the_tour_runs_as_it_is():

@@ -304,13 +304,14 @@ def open_clip_model(kind="clip"):
     return model
 
 
-def transformers_model(kind="clip"):
-    """A small model of transformers' own classes."""
+def transformers_model(kind="clip", text=None, vision=None):
+    """A small model of transformers' own classes; text, vision: other settings of its towers."""
     import transformers
 
     torch.manual_seed(0)
     size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 2}
-    text, vision = {**size, "vocab_size": 49408}, {**size, "image_size": SIZE, "patch_size": 8}
+    text = {**size, "vocab_size": 49408, **(text or {})}
+    vision = {**size, "image_size": SIZE, "patch_size": 8, **(vision or {})}
     if kind == "clip":
         config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=32)
         return transformers.CLIPModel(config).eval()

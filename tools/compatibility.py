@@ -70,7 +70,7 @@ REPOSITORIES = {
         ("TRAINER.MMADAPTER.ADAPTER_START", "1", "TRAINER.MMADAPTER.ADAPTER_END", "2"),
     ),
     "RPO": Repository("RPO", "RPO", "trainers/RPO/main_K4", size=224, patch=16),
-    "DePT": Repository("DePT", "ExtrasLinearProbeCoOp", "trainers/ExtrasLinearProbeCoOp/vit_b16_ep10_ctxv1_bs4_lr35"),
+    "DePT": Repository("DePT", "ExtrasLinearProbeCoOp", "trainers/ExtrasLinearProbeCoOp/vit_b16_ep10_bs4_lr35"),
     "MMRL": Repository("MMRL", "MMRL", "trainers/MMRL/vit_b16", ("TASK", "B2N", "TRAINER.MMRL.REP_LAYERS", "[1,2]")),
     "MMRL++": Repository(
         "MMRL", "MMRLpp", "trainers/MMRLpp/vit_b16", ("TASK", "B2N", "TRAINER.MMRLpp.REP_LAYERS", "[1,2]")
