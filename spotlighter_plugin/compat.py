@@ -56,14 +56,14 @@ def once(fix) -> Callable[[], None]:
 def mend_on_import() -> None:
     """Declare torchvision's operators before it is executed, mend a real Dassl after; at once where it is already."""
     if "torchvision" not in sys.modules:
-        sys.meta_path.insert(0, _Mended("torchvision", before=declare_torchvision_operators))
+        sys.meta_path.insert(0, Mended("torchvision", before=declare_torchvision_operators))
     if "dassl" in sys.modules and real_dassl():
         mend_dassl()
     elif real_dassl():
-        sys.meta_path.insert(0, _Mended("dassl", after=mend_dassl))
+        sys.meta_path.insert(0, Mended("dassl", after=mend_dassl))
 
 
-class _Mended(importlib.abc.MetaPathFinder):
+class Mended(importlib.abc.MetaPathFinder):
     """Finds one module where the other finders find it, and runs a fix before or after it is executed."""
 
     def __init__(self, name, before=None, after=None):
@@ -72,7 +72,7 @@ class _Mended(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name != self.name:
             return None
-        others = (finder.find_spec(name, path, target) for finder in sys.meta_path if not isinstance(finder, _Mended))
+        others = (finder.find_spec(name, path, target) for finder in sys.meta_path if not isinstance(finder, Mended))
         spec = next(filter(None, others), None)
         if spec is not None and spec.loader is not None:
             spec.loader.exec_module = functools.partial(self._execute, spec.loader.exec_module)

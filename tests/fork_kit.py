@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from PIL import Image
 
 UPSTREAM = Path(os.environ.get("SPOTLIGHTER_UPSTREAM", "absent"))
 ROOT = Path(__file__).resolve().parent.parent
+INSTALLED = tempfile.TemporaryDirectory()  # the package alone, as pip installs it: forks have a trainers/ of their own
+Path(INSTALLED.name, "spotlighter_plugin").symlink_to(ROOT / "spotlighter_plugin")
 CLASSES = {
     "banded": "red",
     "blotchy": "green",
@@ -118,7 +121,7 @@ def provide_pictures(folder, classes=CLASSES):
 
 def execute(copy, *command, dassl="dassl"):
     """Run a command in the fork, on a checkout of Dassl; what it printed, and its exit code."""
-    path = [str(ROOT), str(UPSTREAM / dassl), os.environ.get("PYTHONPATH", "")]
+    path = [INSTALLED.name, str(UPSTREAM / dassl), os.environ.get("PYTHONPATH", "")]
     env = {**os.environ, "HOME": str(copy.parent), "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, *command], cwd=copy, env=env, capture_output=True, text=True, timeout=900)
     return done.stdout, done.stderr, done.returncode

@@ -5,7 +5,7 @@ import torch
 import towers_kit
 from method_kit import N_TOKENS, some_images
 from random_clips import CLASS_NAMES
-from towers_kit import LAYOUTS, BetweenLikeMMRL, Host, MaskedByPlace, Miniature, WithLoRA
+from towers_kit import LAYOUTS, BetweenLikeMMRL, Host, MaskedByPlace, Miniature, SeveralLikePLOT, WithLoRA
 
 from spotlighter_plugin import SpotlighterConfig, SpotlighterWrapper
 from spotlighter_plugin.hosts.generic import GenericAdapter
@@ -86,6 +86,23 @@ def test_a_detached_tower_answers_bit_for_bit_as_before():
         assert torch.equal(tower(images), before)
         assert all(torch.equal(value, keys[key]) for key, value in tower.state_dict().items())
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in tower.modules())
+
+
+@torch.no_grad()
+def test_a_tower_that_sees_each_image_several_times_keeps_tokens_for_each_and_remembers_their_mean():
+    class Averages(Host):
+        def forward(self, images):
+            image = torch.nn.functional.normalize(self.image_encoder(images).mean(0), dim=-1)
+            return self.logit_scale.exp() * image @ torch.nn.functional.normalize(self.text_encoder(self.classes)).T
+
+    config = SpotlighterConfig(top_k=6, select_block=1)
+    wrapper = SpotlighterWrapper(Averages(SeveralLikePLOT()).eval(), config, class_names=CLASS_NAMES).eval()
+    images = some_images(6)
+    assert wrapper.invariance < 1e-5 and wrapper(images).shape == (6, 6) and wrapper.kept.shape == (12, 6)
+    wrapper.remember([(images, torch.arange(6))])
+    wrapper.plugin.memory.weight.fill_(1e3)
+    wrapper.refresh()
+    assert wrapper(images).argmax(1).tolist() == list(range(6))
 
 
 def test_a_mask_that_tells_patches_apart_is_refused_in_one_line():

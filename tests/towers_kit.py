@@ -162,6 +162,17 @@ class MaskedByNameLikeTAC(MaskedLikeRPO):
         return x
 
 
+class SeveralLikePLOT(Miniature):
+    """Each image goes through with each of several prompts, as one large batch: (M, B, d) comes out."""
+
+    def run(self, x):
+        views = [torch.cat([x, self.prompt(i, x)]) for i in range(2)]
+        return super().run(torch.cat(views, dim=1))
+
+    def forward(self, images):
+        return super().forward(images).unflatten(0, (2, len(images)))
+
+
 class MaskedByPlace(MaskedLikeRPO):
     """A mask that tells patch tokens apart: each looks at earlier ones only."""
 

@@ -5,6 +5,7 @@
 SPOTLIGHTER_UPSTREAM names a folder with checkouts by the names below, and of Dassl as `dassl`; what is not there is
 left out. Each repository's own train.py runs on a copy, on the CPU, with a CLIP of random weights and 80 pictures of
 plain colours: attached, trained for an epoch on the base classes, loaded again and evaluated on the new ones, detached.
+What repositories import has to be installed: plotnine (DePT), learn2learn (ProMetaR), kmeans-pytorch (TAC).
 """
 
 import importlib

@@ -5,6 +5,7 @@ program that has a use of its own for `.cuda()`.
 """
 
 import functools
+import sys
 import warnings
 
 import numpy
@@ -52,6 +53,14 @@ def name_numpys_types() -> None:
             setattr(numpy, kind.__name__, kind)
 
 
+@compat.once
+def differentiate_attention_twice() -> None:
+    """PyTorch's fused attention has no second derivative, which an inner loop (ProMetaR's, by learn2learn) asks for."""
+    for name in ("flash", "mem_efficient", "cudnn"):
+        getattr(torch.backends.cuda, f"enable_{name}_sdp", lambda on: None)(False)
+
+
+sys.meta_path.insert(0, compat.Mended("learn2learn", after=differentiate_attention_twice))
 stay_on_cpu()
 silence_old_amp()
 name_numpys_types()

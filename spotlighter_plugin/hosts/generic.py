@@ -96,6 +96,9 @@ class GenericAdapter(HostAdapter):
         text = _of_shape(seen.get("text"), self.n_classes)
         self._text = self._text if text is None else text.detach()
         image = _of_shape(seen.get("image"), len(images))
+        if image is None:  # PLOT's tower sees each image several times, (M, B, d)
+            several = (each for each in _tensors(seen.get("image")) if each.dim() == 3 and each.shape[1] == len(images))
+            image = next((each.mean(0) for each in several), None)
         return logits if image is None else image, logits
 
 
