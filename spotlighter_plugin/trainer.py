@@ -263,6 +263,7 @@ class SpotlighterAttachedMixin(SpotlighterTrainerMixin):
         one = [{"img": images, "label": labels}]
         evaluator = _Listens()
         told = {"evaluator": evaluator, "val_loader": one, "test_loader": one, "set_model_mode": lambda *mode: None}
+        told["model_inference"] = host.model_inference
         before = {name: vars(self)[name] for name in told if name in vars(self)}
         vars(self).update(told)
         try:

@@ -33,7 +33,7 @@ if "PromptSRCSpotlighter" not in TRAINER_REGISTRY.registered_names():
             self.set_model_mode("eval")
             for batch in self.test_loader:
                 images, labels = self.parse_batch_test(batch)
-                self.evaluator.process(-2 * self.model(images), labels)
+                self.evaluator.process(-2 * self.model_inference(images), labels)
             (Path(self.output_dir) / "results.json").write_text(str(self.evaluator.evaluate()))
 
     @TRAINER_REGISTRY.register()

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
@@ -82,7 +81,7 @@ REPOSITORIES = {
     "TAC": Repository("TAC", "TAC", "trainers/TAC/basetonovel"),
     "HPT": Repository("HPT", "HPT", "trainers/HPT/b2n", ("DATASET.GPT_DIR", "data/gpt_data"), data="b2n/dtd"),
     "LASP": Repository("LASP", "LASP", "LASP/vit_b16_c4_ep10_batch1_cls_t2t_5_wcl_25_g1_b"),
-    "PLOT++": Repository("PLOT/plot-pp", "PLOTPP", "trainers/PLOTPP/vit"),
+    "PLOT++": Repository("PLOT/plot-pp", "PLOTPP", "trainers/PLOTPP/vit", flags=("--device", "cuda:0")),
     "TaskRes": Repository(
         "TaskRes", "TaskRes", "trainers/TaskRes/adam_lr2e-3_B256_ep100", ("MODEL.BACKBONE.NAME", B16)
     ),
@@ -144,26 +143,25 @@ def try_repository(repository: Repository, folder: Path) -> dict[str, str]:
     if status:
         return row
     trainer = re.search(r"--trainer (\S+)", out)[1]
-    run = partial(execute, copy, dassl=repository.dassl)
     short = [*SHORT_RUN, "INPUT.SIZE", f"({repository.size}, {repository.size})", "TRAINER.SPOTLIGHTER.TOP_K", "8"]
 
-    def flags(output, *more):
-        return (
-            *("--root", str(folder / "data"), "--seed", "1", "--trainer", trainer, "--output-dir", output),
-            *("--dataset-config-file", f"configs/datasets/{repository.data}.yaml", *repository.flags),
-            *("--config-file", f"configs/{repository.config}.yaml", *more),
+    def run(output, classes, *flags):
+        """What a run said, on the screen or (DePT) in its log alone; what went wrong, and the exit code."""
+        command = (
+            *("train.py", "--root", str(folder / "data"), "--seed", "1", "--trainer", trainer, "--output-dir", output),
+            *("--dataset-config-file", f"configs/datasets/{repository.data}.yaml", *repository.flags, *flags),
+            *("--config-file", f"configs/{repository.config}.yaml", *repository.options, *short),
         )
+        out, err, status = execute(copy, *command, "DATASET.SUBSAMPLE_CLASSES", classes, dassl=repository.dassl)
+        return "\n".join([out, *(log.read_text() for log in (copy / output).glob("log.txt*"))]), err, status
 
-    base = ("DATASET.SUBSAMPLE_CLASSES", "base")
-    out, err, status = run("train.py", *flags("output/a"), *repository.options, *short, *base)
+    out, err, status = run("output/a", "base")
     found = re.search(r"differ by (\S+) of their scale", out)
     row["attached"] = "yes" if found else one_line(err)
     row["invariance error"] = found[1] if found else ""
     row["trained"] = "yes" if status == 0 and "* accuracy" in out else one_line(err) if found else ""
     if row["trained"] == "yes":
-        load = flags("output/b", "--eval-only", "--model-dir", "output/a", "--load-epoch", "1")
-        new = ("DATASET.SUBSAMPLE_CLASSES", "new")
-        out, err, status = run("train.py", *load, *repository.options, *short, *new)
+        out, err, status = run("output/b", "new", "--eval-only", "--model-dir", "output/a", "--load-epoch", "1")
         row["new classes"] = "yes" if status == 0 and "Loaded spotlighter" in out else one_line(err)
     execute(copy, *CALL, "attach", ".", "--detach")
     row["detached"] = "yes" if contents(copy) == before else "no"
@@ -255,7 +253,7 @@ def libraries():
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file but what runs write."""
-    written = ("output", "__pycache__", "cache", "datasets_cache")
+    written = ("output", "__pycache__", "cache", "datasets_cache", "~")
     files = (path for path in folder.rglob("*") if path.is_file() and not set(path.parts) & set(written))
     return {str(path): path.read_bytes() for path in files}
 

@@ -118,7 +118,8 @@ class Layout:
         if blocks is None or self.norm is None or self._positions is None:
             raise ValueError(
                 f"the image encoder is a {type(vision).__name__}, not a vision transformer, and has no tokens to "
-                "select; choose a ViT backbone, for example MODEL.BACKBONE.NAME ViT-B/16"
+                "select; choose a ViT backbone, for example MODEL.BACKBONE.NAME ViT-B/16, or say in an adapter where a "
+                "tower has its parts (docs/your_own_host.md)"
             )
         self.blocks = list(blocks)
         self.projection = _first(vision, _PROJECTION) if projection is None else projection
