@@ -7,6 +7,7 @@ imported. Each is harmless where it is not needed and acts once.
 import functools
 import importlib
 import importlib.abc
+import importlib.machinery
 import importlib.util
 import inspect
 import sys
@@ -69,7 +70,7 @@ class Mended(importlib.abc.MetaPathFinder):
     def __init__(self, name, before=None, after=None):
         self.name, self.before, self.after = name, before, after
 
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(self, name, path=None, target=None) -> importlib.machinery.ModuleSpec | None:
         if name != self.name:
             return None
         others = (finder.find_spec(name, path, target) for finder in sys.meta_path if not isinstance(finder, Mended))
