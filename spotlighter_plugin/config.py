@@ -183,6 +183,7 @@ class SpotlighterConfig:
         losses = set(self.losses) - set(unreached)
         has_irm = self.mapping != "none" and self.prototypes_in != "none"
         has_bank = self.semantic_activation or has_irm or "local" in losses
+        has_levels = self.levels != "1+2" or any(loss.startswith("gra") for loss in losses)
         is_read = {
             "prototypes": has_bank,
             "beta": has_bank,
@@ -192,7 +193,7 @@ class SpotlighterConfig:
             "lambda1": any(loss.startswith("gra") for loss in losses),
             "lambda2": "reg_text" in losses,
             "lambda3": not losses.isdisjoint(("kl_visual", "local")),
-            "recalculate": self.semantic_activation,
+            "recalculate": self.semantic_activation and has_levels,
             "match_shots": self.prototype_logits,
             "seed": self.activation == "random",
         }

@@ -365,6 +365,18 @@ def test_an_ablation_of_what_nothing_reads_is_one_line_and_the_papers_preset_has
     assert Ablation(name, plan(home, hosts=("CoOpSpotlighter",), options=options)).chains()
 
 
+def test_an_ablation_of_what_the_configuration_file_leaves_out_is_one_line(home):
+    folder = home / "configs/trainers/CoOpSpotlighter"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "bare.yaml").write_text("TRAINER:\n  SPOTLIGHTER:\n    LOSSES: []\n")
+    options = ("TRAINER.SPOTLIGHTER.PRESET", "paper")
+    bare = {"hosts": ("CoOpSpotlighter",), "config": "bare"}
+    with pytest.raises(ValueError, match="varies .*LAMBDA1, .*LOSSES where --config bare leaves them out"):
+        Ablation("figure6a", plan(home, options=options, **bare)).chains()
+    options += ("TRAINER.SPOTLIGHTER.LOSSES", "('gra_low',)")
+    assert Ablation("figure6a", plan(home, options=options, **bare)).chains()
+
+
 def test_an_unknown_ablation_is_one_line(home):
     with pytest.raises(ValueError, match="unknown ablation 'IX': take V, VI"):
         Ablation("IX", plan(home)).chains()

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from ..reports.report import FORMATS, PAPER, Accuracies, Table, base2new_average, datasets_of
 from ..reports.results import find_results
+from ..training.runs import config_folder
 from .launch import LAUNCHERS
 from .plan import HERE, ICONS, Plan, Run
 from .sweep import ListOptions, sweep
@@ -94,15 +95,20 @@ class Ablation:
 
         variants = ABLATIONS[self.name].values()
         options = [*self.plan.options, *list(variants)[-1]]
-        pairs = zip(options[::2], options[1::2], strict=False)
-        cfg = CfgNode({"TRAINER": {}})
-        extend_cfg(cfg)
-        cfg.merge_from_list([part for pair in pairs if pair[0].startswith(KEY) for part in pair])
-        idle = set(from_cfg(cfg).idle()) & {option for option, _ in variants}
-        if idle:
-            raise ValueError(
-                f"ablation {self.name} varies {idle.pop()}, which nothing reads here: add -- {KEY}PRESET paper"
-            )
+        pairs = list(zip(options[::2], options[1::2], strict=False))
+        for host in self.plan.hosts:
+            cfg = CfgNode({"TRAINER": {}})
+            extend_cfg(cfg)
+            file = config_folder(self.plan.home, host) / f"{self.plan.config}.yaml"
+            if file.exists():  # a file that is missing is named by the plan
+                written = CfgNode.load_cfg(file.read_text()).get("TRAINER", {}).get("SPOTLIGHTER", CfgNode())
+                cfg.TRAINER.SPOTLIGHTER.merge_from_other_cfg(written)
+            cfg.merge_from_list([part for pair in pairs if pair[0].startswith(KEY) for part in pair])
+            if idle := set(from_cfg(cfg).idle()) & {option for option, _ in variants}:
+                raise ValueError(
+                    f"ablation {self.name} varies {idle.pop()}, which nothing reads here: add -- {KEY}PRESET paper, "
+                    f"and {KEY}LOSSES where --config {self.plan.config} leaves them out"
+                )
 
     def chains(self) -> list[list[Run]]:
         variants = self.variants().values()
