@@ -1,6 +1,6 @@
 """Prints docs/compatibility.md's tables: libraries and public repositories, tried for real with small random weights.
 
-    SPOTLIGHTER_UPSTREAM=checkouts python tools/compatibility.py [NAME …]
+    SPOTLIGHTER_UPSTREAM=checkouts python tools/compatibility.py [libraries] [NAME …]
 
 SPOTLIGHTER_UPSTREAM names a folder with checkouts by the names below, and of Dassl as `dassl`; what is not there is
 left out. Each repository's own train.py runs on a copy, on the CPU, with a CLIP of random weights and 80 pictures of
@@ -81,7 +81,9 @@ REPOSITORIES = {
     "TAC": Repository("TAC", "TAC", "trainers/TAC/basetonovel"),
     "HPT": Repository("HPT", "HPT", "trainers/HPT/b2n", ("DATASET.GPT_DIR", "data/gpt_data"), data="b2n/dtd"),
     "LASP": Repository("LASP", "LASP", "LASP/vit_b16_c4_ep10_batch1_cls_t2t_5_wcl_25_g1_b"),
-    "PLOT++": Repository("PLOT/plot-pp", "PLOTPP", "trainers/PLOTPP/vit", flags=("--device", "cuda:0")),
+    "PLOT++": Repository(
+        "PLOT/plot-pp", "PLOTPP", "trainers/PLOTPP/vit", ("DATASET.NUM_SHOTS", "1"), flags=("--device", "cuda:0")
+    ),
     "TaskRes": Repository(
         "TaskRes", "TaskRes", "trainers/TaskRes/adam_lr2e-3_B256_ep100", ("MODEL.BACKBONE.NAME", B16)
     ),
@@ -150,9 +152,12 @@ def try_repository(repository: Repository, folder: Path) -> dict[str, str]:
         command = (
             *("train.py", "--root", str(folder / "data"), "--seed", "1", "--trainer", trainer, "--output-dir", output),
             *("--dataset-config-file", f"configs/datasets/{repository.data}.yaml", *repository.flags, *flags),
-            *("--config-file", f"configs/{repository.config}.yaml", *repository.options, *short),
+            *("--config-file", f"configs/{repository.config}.yaml", *short, *repository.options),
         )
-        out, err, status = execute(copy, *command, "DATASET.SUBSAMPLE_CLASSES", classes, dassl=repository.dassl)
+        try:
+            out, err, status = execute(copy, *command, "DATASET.SUBSAMPLE_CLASSES", classes, dassl=repository.dassl)
+        except subprocess.TimeoutExpired as error:
+            out, err, status = (error.stdout or b"").decode(), f"not done within {error.timeout:.0f} s", 124
         return "\n".join([out, *(log.read_text() for log in (copy / output).glob("log.txt*"))]), err, status
 
     out, err, status = run("output/a", "base")
@@ -186,8 +191,8 @@ def try_script(own: str, checkout: Path) -> dict[str, str]:
 
 
 @torch.no_grad()
-def libraries():
-    """Rows of the libraries' models with random weights, each built by its own library, by name."""
+def libraries(names):
+    """Rows of the libraries' models with random weights, each built by its own library, by name; all without names."""
     import clip.model
 
     from spotlighter_plugin import SpotlighterConfig, SpotlighterWrapper
@@ -221,6 +226,8 @@ def libraries():
     for name in ("CLIP", "Siglip"):
         made[f"transformers {name}Model"] = lambda name=name: of_transformers(name)
     for name, make in made.items():
+        if names and not {name, "libraries"} & set(names):
+            continue
         torch.manual_seed(0)
         adapter = make()
         model, images = adapter.model.eval(), torch.randn(2, 3, *adapter.layout.image_size)
@@ -271,9 +278,8 @@ def main(names: list[str]) -> None:
     def show(name, row):
         print(f"| {name} | {' | '.join(row[column] for column in COLUMNS)} |", flush=True)
 
-    if not names or "libraries" in names:
-        for name, row in libraries():
-            show(name, row)
+    for name, row in libraries(names):
+        show(name, row)
     for name, repository in REPOSITORIES.items():
         if (UPSTREAM / repository.folder).is_dir() and (not names or name in names):
             with tempfile.TemporaryDirectory() as folder:
@@ -284,7 +290,4 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except subprocess.TimeoutExpired as error:
-        sys.exit(f"error: {' '.join(error.cmd[:4])} … took longer than {error.timeout} s")
+    main(sys.argv[1:])
