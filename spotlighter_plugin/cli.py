@@ -128,10 +128,10 @@ def main(argv=None) -> None:
     try:
         app(args=argv, prog_name="spotlighter")
     except Exception as error:
-        from .errors import one_line
+        from .errors import one_line, tell
 
         line = one_line(error)
         if line is None or os.environ.get("SPOTLIGHTER_DEBUG"):
             raise
-        print(f"error: {line}", file=sys.stderr)
+        tell(f"error: {line}")
         sys.exit(1)

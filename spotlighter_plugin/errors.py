@@ -1,7 +1,23 @@
-"""A user's mistake as one line."""
+"""A user's mistake as one line, once."""
 
+import os
+import sys
 import traceback
 from pathlib import Path
+
+speaks: bool | None = None  # of several processes one does; None: not settled yet
+
+
+def started_together() -> bool:
+    """Whether torchrun, or what sets the same variables, started this process and others."""
+    known = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    return known and int(os.environ["WORLD_SIZE"]) > 1
+
+
+def tell(line: str) -> None:
+    """Print a line to standard error; of several processes one does."""
+    if speaks or (speaks is None and not (started_together() and os.environ["RANK"] != "0")):
+        print(line, file=sys.stderr, flush=True)
 
 
 def one_line(error: Exception) -> str | None:

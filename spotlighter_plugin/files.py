@@ -24,6 +24,7 @@ LONGEST = (
 PATIENCE = 10  # seconds in which the last processes of a killed run end
 HOLDER = "SPOTLIGHTER_LOCKED"  # the folder whose lock a process has from the one that started it
 _held = {}  # {folder: its lock's open file}: what this process writes to
+writes = True  # of several processes that make one run, one does
 
 
 # -- written aside, then renamed -------------------------------------------------------------------------------
@@ -32,8 +33,12 @@ _held = {}  # {folder: its lock's open file}: what this process writes to
 def write_aside(path, write, option="--output-dir") -> None:
     """Let `write(file)` fill a binary file that is `path` when it is whole, and never was when it fails.
 
+    Of several processes that make one run the first one writes, and the others do nothing here.
+
     Raises: OSError of the kind that came up, with one line that names the path and the option to change.
     """
+    if not writes:
+        return
     path = os.fspath(path)
     aside = f"{path}.{os.getpid()}.tmp"
     refuse_deleted(path)
@@ -88,13 +93,14 @@ def _runs(pid):
 def alone_in(folder, wait=False) -> Iterator[tuple[int, ...]]:
     """Hold the folder's lock, which ends with the process. Yields the open files that a child must inherit to keep it.
 
-    A child is told so by `lock_of`. Where the system or the disk knows no locks, nothing is held.
+    A child is told so by `lock_of`. Where the system or the disk knows no locks, nothing is held. Of several processes
+    that make one run the first one holds it for all.
 
     Args: wait: until the folder is free; else another holder is an error.
     Raises: BlockingIOError, one line: another process writes there.
     """
     key = os.path.realpath(folder)
-    if key in _held:  # a launcher's, in this very process
+    if key in _held or not writes:  # a launcher's, in this very process, or the first process's
         yield ()
         return
     with open(os.path.join(folder, ".lock"), "a+") as lock:

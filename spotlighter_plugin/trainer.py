@@ -18,6 +18,7 @@ from dassl.utils import load_checkpoint
 from torch import nn
 from torch.utils.data import DataLoader
 
+from . import errors, ranks
 from .config import from_cfg
 from .hosts.base import HostAdapter
 from .hosts.generic import GenericAdapter
@@ -44,6 +45,8 @@ class SpotlighterTrainerMixin:
     is_remembered = False  # whether the memory holds the shots as the model sees them at present
 
     def check_cfg(self, cfg) -> None:
+        if errors.started_together() and ranks.world() == 1:
+            raise ValueError("torchrun starts Spotlighter's own train.py; a fork's takes several GPUs by DataParallel")
         super().check_cfg(cfg)
         from_cfg(cfg)
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import ranks
 from .config import SpotlighterConfig
 from .hosts import adapter_for
 from .hosts.base import HostAdapter
@@ -177,10 +178,13 @@ class SpotlighterWrapper(Pretrained, nn.Module):
                     rows.append(labels[new])
                     own.append(batch.own_logits)
                     seen += labels[new].bincount(minlength=len(seen))
-            if rows:
-                own = torch.cat(own).float() if adapter.gives_logits else None
-                self.learn(torch.cat(embeddings), torch.cat(rows), own)
-        return sum(map(len, rows))
+            rows = ranks.gather(torch.cat([seen[:0], *rows]))
+            embeddings = ranks.gather(torch.cat([memory.centre.new_zeros(0, len(memory.centre)), *embeddings]))
+            own = ranks.gather(torch.cat([embeddings.new_zeros(0, len(seen)), *own])) if adapter.gives_logits else None
+            first = place_in_class(rows) < limit  # of all processes' images
+            if len(rows):
+                self.learn(embeddings[first], rows[first], None if own is None else own[first])
+        return int(first.sum())
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -257,6 +261,7 @@ class SpotlighterWrapper(Pretrained, nn.Module):
         batch.templates = adapter.templates
         if labels is not None:
             batch.wants = frozenset(name for name in self.config.losses if self.config.weight_of(name) > 0)
+            batch.gather, batch.mean = ranks.gather, ranks.mean
             classes = adapter.assignment_labels(images, labels)  # (B,)
             batch.rows = classes if plugin.bank is None else plugin.bank.rows[classes]
             batch.recalls = batch.recalls and not plugin.training  # the memory has seen these very images

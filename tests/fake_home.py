@@ -6,8 +6,10 @@ trainer that fails, TRAINER.SLEEP makes it take time, TRAINER.MEET makes it wait
 """
 
 TRAIN = """
-import argparse, pathlib, re, sys, time, zlib
+import argparse, os, pathlib, re, sys, time, zlib
 
+if os.environ.get("RANK", "0") != "0":
+    sys.exit()
 parser = argparse.ArgumentParser()
 for flag in "root trainer dataset-config-file config-file output-dir model-dir".split():
     parser.add_argument(f"--{flag}", default="")
@@ -35,6 +37,7 @@ say(f"  SUBSAMPLE_CLASSES: {opts.get('DATASET.SUBSAMPLE_CLASSES', 'all')}")
 say(f"OPTIM:\\n  LR: {opts.get('OPTIM.LR', '0.002')}")
 say(f"OUTPUT_DIR: {folder}\\nSEED: {args.seed}\\nTRAINER:\\n  MODAL: {opts.get('TRAINER.MODAL', 'base2novel')}")
 say(f"  NAME: {args.trainer}\\nCollecting env info ...")
+say(f"{os.environ.get('WORLD_SIZE', 1)} processes, GPUs {os.environ.get('CUDA_VISIBLE_DEVICES', '-')}")
 time.sleep(float(opts.get("TRAINER.SLEEP", 0)))
 patience = time.monotonic() + 60
 while len(list(pathlib.Path("output").rglob("log.txt"))) < int(opts.get("TRAINER.MEET", 0)):

@@ -1,6 +1,7 @@
 """What belongs to one call stays with it: threads, replicas, the host beside the wrapper, what is kept between; and
 what a steady batch is made of."""
 
+import os
 import threading
 
 import pytest
@@ -17,7 +18,10 @@ from spotlighter_plugin.wrapper import SpotlighterWrapper
 SHOTS = [(some_images(6, seed=30), torch.arange(6))]
 
 
-def in_threads(works, times=12):
+CALLS = int(os.environ.get("SPOTLIGHTER_CALLS", 192))
+
+
+def in_threads(works, times=CALLS // 16):
     """What each of the works answers, every one in a thread of its own, all at once and again and again."""
     answers, start = [[] for _ in works], threading.Barrier(len(works))
 

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "spotlighter_plugin"
 # a room may import itself and what stands after it
 ROOMS = (
     *("__main__", "cli", "workbench", "forks", "trainer", "wrapper", "pretrained", "hosts", "towers"),
-    *("config", "method", "compat", "runtime", "errors", "files"),
+    *("config", "method", "compat", "runtime", "ranks", "errors", "files"),
 )
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

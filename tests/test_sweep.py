@@ -433,11 +433,34 @@ def test_a_failed_sweep_exits_with_1(home, monkeypatch, capsys):
     assert ended.value.code == 1 and "no such thing as luck" in capsys.readouterr().out
 
 
-def test_slurm_gets_the_same_plan(home, monkeypatch):
-    pytest.importorskip("submitit")
+def said_of_its_size(home):
+    logs = [log.read_text().splitlines() for log in (home / "output").rglob("log.txt")]
+    return {line for lines in logs for line in lines if "GPUs" in line}
+
+
+def test_a_run_of_several_gpus_is_as_many_processes_that_see_them(home, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    failures, _ = run(plan(home, "fewshot", hosts=("CoOp",), shots=(1,)), gpus_per_run=2)
+    assert failures == [] and said_of_its_size(home) == {"2 processes, GPUs 4,5"}
+    failing = plan(home, "fewshot", shots=(1,), seeds=(2,), options=("TRAINER.FAIL", "CoOp"))
+    failures, _ = run(failing, gpus_per_run=2)
+    assert len(failures) == 1 and "no such thing as luck" in failures[0]
+    with pytest.raises(ValueError, match="--gpus-per-run is 4, CUDA_VISIBLE_DEVICES names 3"):
+        run(plan(home, seeds=(3,)), gpus_per_run=4)
+    with pytest.raises(ValueError, match="--gpus-per-run is -1, must be at least 0"):
+        run(plan(home), gpus_per_run=-1)
+
+
+def test_slurm_gets_the_same_plan_and_jobs_of_the_size_of_a_run(home, monkeypatch):
+    submitit = pytest.importorskip("submitit")
     monkeypatch.setenv("SPOTLIGHTER_SUBMITIT", "local")
-    failures, said = run(plan(home, seeds=(1, 2)), jobs=2, launcher="slurm")
+    sizes, update = [], submitit.AutoExecutor.update_parameters
+    monkeypatch.setattr(
+        submitit.AutoExecutor, "update_parameters", lambda self, **size: (sizes.append(size), update(self, **size))[1]
+    )
+    failures, said = run(plan(home, seeds=(1, 2)), jobs=2, launcher="slurm", gpus_per_run=0)
     assert failures == [] and "4 of 4 runs are complete" in said
+    assert (sizes[0]["gpus_per_node"], sizes[0]["cpus_per_task"]) == (0, 8)
 
 
 def test_slurm_without_a_cluster_is_one_line(home, monkeypatch):
@@ -447,8 +470,10 @@ def test_slurm_without_a_cluster_is_one_line(home, monkeypatch):
         run(plan(home), launcher="slurm")
 
 
-def test_ray_gets_the_same_plan(home):
+@pytest.mark.slow
+def test_ray_gets_the_same_plan_and_jobs_of_the_size_of_a_run(home):
     ray = pytest.importorskip("ray")
-    failures, said = run(plan(home, seeds=(1, 2)), jobs=2, launcher="ray")
+    failures, said = run(plan(home, seeds=(1, 2)), jobs=2, launcher="ray", gpus_per_run=2)
     ray.shutdown()
     assert failures == [] and "4 of 4 runs are complete" in said
+    assert {line.split(",")[0] for line in said_of_its_size(home)} == {"2 processes"}

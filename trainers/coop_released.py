@@ -13,6 +13,7 @@ from dassl.metrics import compute_accuracy
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
+from spotlighter_plugin import ranks
 from spotlighter_plugin.method.activation import attention_score
 from spotlighter_plugin.method.layout import Attention, Gaze
 from spotlighter_plugin.towers.prompts import normalize
@@ -141,5 +142,5 @@ class CoOpReleased(CoOp):
         if refined is not None:
             loss = loss + one_by_one(best[:, :UPPER]) + one_by_one(best[:, UPPER:])
             loss = loss + options.DISTILL * F.l1_loss(normalize(refined), image)
-        refiner.write(tokens.flatten(0, 1))
+        refiner.write(ranks.gather(tokens.flatten(0, 1)))
         return loss, {"acc": compute_accuracy(logits, labels)[0].item()}

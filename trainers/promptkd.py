@@ -11,6 +11,7 @@ from dassl.utils import load_checkpoint
 from torch import nn
 from yacs.config import CfgNode
 
+from spotlighter_plugin import ranks
 from spotlighter_plugin.hosts.promptkd import classes_of_split, distillation_loss
 from spotlighter_plugin.runtime.dassl.utils.checkpoint import load_weights
 from spotlighter_plugin.towers.clip import apply_precision, require_vision_transformer
@@ -51,7 +52,8 @@ class FeatureProjection(nn.Module):
         )  # 1 x 1 convolutions are linear layers; upstream's checkpoints have them in this shape
 
     def forward(self, features):
-        self.conv1[1].train(self.training and len(features) > 1)  # one image, left of a batch, has no variance
+        several = ranks.total(len(features)) > 1  # one image, left of a batch, has no variance
+        self.conv1[1].train(self.training and several)
         return self.conv1(features[..., None, None]).flatten(1)  # (B, d, 1, 1) -> (B, d of the teacher)
 
 

@@ -23,7 +23,7 @@ def objective(batch: Selector, host, image: Tensor, logits: Tensor, labels: Tens
         levels = [host.classification_loss(batch.logits(*level), labels, extras) for level in batch.levels]
         parts[next(name for name in losses.GRA if name in batch.wants)] = sum(levels)
     if "reg_text" in batch.wants:
-        text = batch.plugin.mapping.text(batch.text, batch.tokens, batch.scale).mean()
+        text = batch.mean(batch.plugin.mapping.text(batch.text, batch.tokens, batch.scale).mean())
         parts["reg_text"] = losses.text_regularisation(text, host.frozen_text())
     if batch.full is not None:
         full, image = F.normalize(batch.full.float(), dim=-1), F.normalize(image, dim=-1)

@@ -53,6 +53,8 @@ class Selector:
     rows: Tensor | None = None  # (B,), the bank's row of each image; None at inference
     wants: frozenset[str] = frozenset()  # names of the losses to come
     recalls: bool = False  # whether the memory adds to the logits
+    gather: Callable[[Tensor], Tensor] = lambda rows: rows  # images' rows here → those of all parts of the batch
+    mean: Callable[[Tensor], Tensor] = lambda value: value  # a mean over the images here → over those of all parts
     templates: Callable[[], Tensor | None] = lambda: None  # texts of hand-written templates, (C, d)
     tokens: Tensor | None = None
     trail: list[Plan | Tensor] = field(default_factory=list)
@@ -100,8 +102,8 @@ class Selector:
             kept = activation.top_tokens(self._of_tokens(scores), step.kept)  # tok^act, (B, k)
             dropped = scores, kept
             if training and self.plugin.training and self._bank_is_read(hidden):
-                chosen = tower.tokens(hidden, kept).transpose(0, 1)  # (B, k, w)
-                bank.update(chosen, self.project(chosen), self.rows, config.beta, self.project)
+                chosen = self.gather(tower.tokens(hidden, kept).transpose(0, 1))  # (B, k, w)
+                bank.update(chosen, self.project(chosen), self.gather(self.rows), config.beta, self.project)
             if config.recalculate and self.has_semantics and (training or config.levels != "1+2"):
                 semantic = self.semantic_score(hidden, tower.tokens(hidden, kept))
                 again = activation.standardise(sample.gather(1, kept)) + activation.standardise(semantic)

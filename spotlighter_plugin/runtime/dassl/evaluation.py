@@ -6,6 +6,7 @@ from collections import OrderedDict
 import numpy as np
 import torch
 
+from spotlighter_plugin import ranks
 from spotlighter_plugin.files import write_aside
 
 from .utils import Registry, check_availability
@@ -56,10 +57,13 @@ class Classification(EvaluatorBase):
         self._y_pred.append(mo.argmax(dim=1).cpu().numpy())
 
     def evaluate(self) -> dict[str, float]:
-        """Print the result block and return {accuracy, error_rate, macro_f1[, perclass_accuracy]}."""
-        if not self._y_true:
+        """Print the result block and return {accuracy, error_rate, macro_f1[, perclass_accuracy]}, of all processes'
+        images."""
+        found = ranks.gather_objects((self._y_true, self._y_pred))
+        true, pred = ([batch for part in parts for batch in part] for parts in zip(*found, strict=True))
+        if not true:
             raise ValueError("nothing to evaluate: the test set is empty")
-        true, pred = np.concatenate(self._y_true).astype(int), np.concatenate(self._y_pred).astype(int)
+        true, pred = np.concatenate(true).astype(int), np.concatenate(pred).astype(int)
         correct = int((true == pred).sum())
         accuracy = 100.0 * correct / true.size
         results = OrderedDict(accuracy=accuracy, error_rate=100.0 - accuracy, macro_f1=100.0 * macro_f1(true, pred))

@@ -37,10 +37,16 @@ def command(
     without: Annotated[bool, typer.Option("--without", help="train the host alone, without Spotlighter")] = False,
 ) -> None:
     """Train on a folder of your own pictures. Nothing is written beside them."""
+    from ... import ranks
+    from ...errors import tell
+
     try:
-        run = train(photos, host, shots, backbone, output, epochs, seed, without, options or (), library)
+        with ranks.joined():
+            run = train(photos, host, shots, backbone, output, epochs, seed, without, options or (), library)
+            if not ranks.is_first():
+                return
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on")
+        tell("interrupted; the same command goes on")
         raise typer.Exit(130) from None
     folder = run.cfg.OUTPUT_DIR
     tested = len(run.trainer.dm.dataset.test)
@@ -65,6 +71,7 @@ def train(
     Args: as the command's; options: names and values in turn.
     Raises: FileNotFoundError, FileExistsError, ValueError …, one line, for a user's mistake.
     """
+    from ... import ranks
     from ...compat import ROOT
     from ...towers.clip import load_clip
     from ..training.saved import NOTE, hosts
@@ -86,7 +93,8 @@ def train(
     folder = Path(output or Path("output", photos.name, trainer))
     if (folder / NOTE).exists():
         raise FileExistsError(f"{folder} holds a finished run: take another --output or delete that folder")
-    size = load_clip(backbone).visual.input_resolution
+    with ranks.first_alone():  # weights are fetched once
+        size = load_clip(backbone).visual.input_resolution
     settings = {"DATASET.NUM_SHOTS": shots, "INPUT.SIZE": f"({size}, {size})"}
     settings |= {"OPTIM.MAX_EPOCH": epochs} if epochs else {}
     flags = ["--trainer", trainer, "--dataset-config-file", str(ROOT / CONFIGURATION), "--root", str(photos)]

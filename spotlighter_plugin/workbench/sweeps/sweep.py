@@ -15,7 +15,7 @@ from .launch import LAUNCHERS
 from .plan import GROUPS, HERE, PROTOCOLS, Plan, train_py
 
 
-def sweep(plan, jobs=1, launcher="here", console=None) -> list[str]:
+def sweep(plan, jobs=1, launcher="here", console=None, gpus_per_run=1) -> list[str]:
     """Run what is missing of a plan and show progress. Returns the failures, one line each.
 
     Raises: ValueError with one line for a plan or a launcher that cannot be.
@@ -24,6 +24,8 @@ def sweep(plan, jobs=1, launcher="here", console=None) -> list[str]:
         raise ValueError(f"unknown launcher {launcher!r}: take {', '.join(LAUNCHERS)}")
     if jobs < 1:
         raise ValueError(f"--jobs is {jobs}, must be at least 1")
+    if gpus_per_run < 0:
+        raise ValueError(f"--gpus-per-run is {gpus_per_run}, must be at least 0")
     console = console or Console(file=sys.stdout)  # of now: a launcher may redirect it for its runs
     chains = plan.chains()
     runs = [run for chain in chains for run in chain]
@@ -35,7 +37,7 @@ def sweep(plan, jobs=1, launcher="here", console=None) -> list[str]:
     with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console) as bar:
         task = bar.add_task(plan.protocol, total=len(runs) - len(complete))
         left = {index: [run for run in chain if run.folder not in complete] for index, chain in enumerate(chains)}
-        for event in LAUNCHERS[launcher](chains, plan.home, jobs) if chains else ():
+        for event in LAUNCHERS[launcher](chains, plan.home, jobs, gpus_per_run) if chains else ():
             if event:
                 index, failure = event
                 left.pop(index)
@@ -85,6 +87,7 @@ def command(
     output: Annotated[Path, typer.Option(help="folder of the runs")] = Path("output"),
     jobs: Annotated[int, typer.Option(help="runs at once")] = 1,
     launcher: Annotated[str, typer.Option(help=f"{', '.join(LAUNCHERS)}")] = "here",
+    gpus_per_run: Annotated[int, typer.Option(help="of a run, as many processes if above 1; 0: none")] = 1,
     plan_only: Annotated[bool, typer.Option("--plan", help="print the runs and stop")] = False,
 ) -> None:
     """Run a whole protocol: skip what is complete, resume what was killed, report at the end what failed."""
@@ -106,7 +109,7 @@ def command(
         for run in (run for chain in plan.chains() for run in chain):
             print(shlex.join(["python", *train_py(home), *run.arguments]))
         return
-    failures = sweep(plan, jobs, launcher)
+    failures = sweep(plan, jobs, launcher, gpus_per_run=gpus_per_run)
     print(f"runs are in {plan.output}; spotlighter report {shlex.quote(str(output))} makes their table")
     if failures:
         raise typer.Exit(1)

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from yacs.config import CfgNode
 
-from ...errors import one_line
+from ... import ranks
+from ...errors import one_line, tell
 from ...files import alone_in, sweep_leftovers, write_aside
 from ...runtime.dassl.engine.checkpoints import chooses_on_test, refuse_other_settings, saved_epochs, settings_of
 from ...runtime.dassl.utils import collect_env_info, set_random_seed, setup_logger
@@ -36,13 +37,13 @@ def main(argv=None) -> int:
     try:
         run(argv)
     except KeyboardInterrupt as stop:
-        print(f"interrupted; --resume {stop or 'OUTPUT_DIR'} goes on", file=sys.stderr)
+        tell(f"interrupted; --resume {stop or 'OUTPUT_DIR'} goes on")
         return 130
     except Exception as error:
         line = one_line(error)
         if line is None or os.environ.get("SPOTLIGHTER_DEBUG"):
             raise
-        print(f"error: {line}", file=sys.stderr)
+        tell(f"error: {line}")
         return 1
     return 0
 
@@ -57,10 +58,13 @@ def run(argv=None, build=None) -> Run:
     cfg = setup_cfg(args, modules)
     if cfg.RESUME and not os.path.isdir(cfg.RESUME):
         raise FileNotFoundError(f"--resume {cfg.RESUME}: no such folder")
-    with _writable(cfg.OUTPUT_DIR), alone_in(cfg.OUTPUT_DIR):
-        sweep_leftovers(cfg.OUTPUT_DIR)
-        if not args.eval_only:
-            _refuse_other_settings(cfg)
+    with ranks.joined(), _writable(cfg.OUTPUT_DIR), alone_in(cfg.OUTPUT_DIR):
+        ranks.take_device(cfg.USE_CUDA)
+        if ranks.is_first():
+            sweep_leftovers(cfg.OUTPUT_DIR)
+            if not args.eval_only:
+                _refuse_other_settings(cfg)
+        ranks.barrier()
         if cfg.SEED >= 0:
             set_random_seed(cfg.SEED)
         with _log_to(cfg.OUTPUT_DIR) as log:
@@ -99,7 +103,14 @@ def _writable(folder):
 
 @contextmanager
 def _log_to(folder):
-    """Copy what is printed to `folder`/log.txt, and yield it; gives standard output back afterwards."""
+    """Copy what is printed to `folder`/log.txt, and yield it; gives standard output back afterwards.
+
+    Of several processes the first one prints, and the others' log is None.
+    """
+    if not ranks.is_first():
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            yield None
+        return
     console = sys.stdout
     setup_logger(os.path.join(folder, "log.txt"))
     log = sys.stdout
@@ -112,6 +123,8 @@ def _log_to(folder):
 
 def _print_header(args, cfg, log):
     """Arguments, configuration and machine to the log; what matters of them on the screen."""
+    if log is None:
+        return
     flags = "".join(f"{name}: {value}\n" for name, value in sorted(vars(args).items()))
     log.note(f"***************\n** Arguments **\n***************\n{flags}")
     log.note(f"************\n** Config **\n************\n{cfg}\n** System info **\n{collect_env_info()}\n\n")
@@ -132,7 +145,9 @@ def _print_header(args, cfg, log):
 def _train_or_test(args, cfg, build):
     from dassl.engine import build_trainer
 
-    trainer = (build or build_trainer)(cfg)
+    with ranks.first_alone():
+        trainer = (build or build_trainer)(cfg)
+    ranks.unite(trainer)
     results = _remember_results(trainer)
     if not args.eval_only and chooses_on_test(trainer):
         raise ValueError(
@@ -151,7 +166,7 @@ def _train_or_test(args, cfg, build):
             trainer.train()
         except FloatingPointError as error:
             raise FloatingPointError(f"{_place(trainer, error)}; {_last_checkpoint(trainer)}") from error
-    if not args.eval_only and not args.no_train:
+    if not args.eval_only and not args.no_train and ranks.is_first():
         save_run(trainer, cfg, results)
     return Run(trainer, cfg, results)
 

@@ -1,9 +1,10 @@
 """From a data set to the four loaders: train_x, train_u, val, test."""
 
 import torch
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision import transforms as T
 
+from spotlighter_plugin import ranks
 from spotlighter_plugin.files import read_picture
 
 from .datasets import build_dataset
@@ -12,7 +13,7 @@ from .transforms import INTERPOLATION_MODES, build_transform
 
 
 class DatasetWrapper(Dataset):
-    """Reads and transforms the images of a list of Datum.
+    """Reads and transforms the images of a list of Datum. Random transforms draw by an image's `Place` in the epoch.
 
     An item is {img, label, domain, impath, index}, plus img2, img3 … for a list of transforms and img0 with
     DATALOADER.RETURN_IMG0; or an Unreadable where the image is missing or damaged.
@@ -40,8 +41,9 @@ class DatasetWrapper(Dataset):
             return Unreadable(str(error))
         item = {"label": datum.label, "domain": datum.domain, "impath": datum.impath, "index": idx}
         several = isinstance(self.transform, (list, tuple))
-        for number, transform in enumerate(self.transform if several else [self.transform], start=1):
-            item["img" if number == 1 else f"img{number}"] = self._views(transform, img0)
+        with ranks.drawing_from(getattr(idx, "seed", None)):
+            for number, transform in enumerate(self.transform if several else [self.transform], start=1):
+                item["img" if number == 1 else f"img{number}"] = self._views(transform, img0)
         if self.return_img0:
             item["img0"] = self.to_tensor(img0)
         return item
@@ -57,26 +59,68 @@ class Unreadable(str):
     """Stands for the item of an image that cannot be read, and says why."""
 
 
+class Place(int):
+    """The index of an image, and what its random transforms draw from at this place in the epoch."""
+
+    seed: int
+
+
+class Batches(Sampler):
+    """Lists of indices in a sampler's order: in training this process's part of each batch, as `Place`s; in testing
+    batches of this process's part of the whole."""
+
+    def __init__(self, sampler, size, is_train):
+        self.sampler, self.size, self.is_train = sampler, size, is_train
+
+    @property
+    def _places(self):
+        """How many are visited: in training a last, smaller batch is dropped if there is a whole one."""
+        n, whole = len(self.sampler), len(self.sampler) // self.size * self.size
+        return (whole or n) if self.is_train else len(range(n)[ranks.part(n)])
+
+    def __len__(self):
+        return -(-self._places // self.size)
+
+    def __iter__(self):
+        order, seed = ranks.from_first(lambda: (list(self.sampler), ranks.coming_seed()))
+        if not self.is_train:
+            order = order[ranks.part(len(order))]
+        for start in range(0, self._places, self.size):
+            batch = order[start : start + self.size]
+            yield self._part(batch, seed + start) if self.is_train else batch
+
+    @staticmethod
+    def _part(batch, seed):
+        places = [Place(index) for index in batch]
+        for place, own in enumerate(places):
+            own.seed = seed + place
+        return places[ranks.part(len(places))]
+
+
 def _collate_readable(items):
     readable = [item for item in items if not isinstance(item, Unreadable)]
-    return (default_collate(readable) if readable else None), [item for item in items if isinstance(item, Unreadable)]
+    lost = [item for item in items if isinstance(item, Unreadable)]
+    return (default_collate(readable) if readable else None), len(readable), lost
 
 
 class ReadableLoader(DataLoader):
     """A DataLoader that leaves out unreadable images and says how many and which, once.
 
-    A batch is smaller by them, and skipped when nothing is left. Raises ValueError when a whole pass finds no image.
+    A batch is smaller by them, and skipped when nothing is left; of several processes all skip it when one of them has
+    nothing left. Raises ValueError when a whole pass finds no image.
     """
 
     _told = 0
 
     def __iter__(self):
-        read, lost = 0, []
-        for batch, missing in super().__iter__():
+        read, lost, is_train = 0, [], self.batch_sampler.is_train
+        for batch, count, missing in super().__iter__():
             lost += missing
-            if batch is not None:
+            if ranks.share(count) if is_train else count:
                 read += 1
                 yield batch
+        found = ranks.gather_objects((read, lost))
+        read, lost = sum(each for each, _ in found), [line for _, each in found for line in each]
         if lost and not read:
             raise ValueError(f"none of the {len(lost)} images can be read: {lost[0]}; check DATASET.ROOT")
         if len(lost) > self._told:
@@ -96,14 +140,16 @@ def build_data_loader(
     is_train=True,
     dataset_wrapper=None,
 ) -> "ReadableLoader":
-    """A loader over a list of Datum; in training the last, smaller batch is dropped if there is a whole one."""
+    """A loader over a list of Datum; in training the last, smaller batch is dropped if there is a whole one.
+
+    Of several processes each gets its part: in training of every batch, in testing of the whole.
+    """
+    sampler = build_sampler(sampler_type, cfg, data_source, batch_size, n_domain, n_ins)
     return ReadableLoader(
         (dataset_wrapper or DatasetWrapper)(cfg, data_source, transform=tfm, is_train=is_train),
-        batch_size=batch_size,
-        sampler=build_sampler(sampler_type, cfg, data_source, batch_size, n_domain, n_ins),
+        batch_sampler=Batches(sampler, batch_size, is_train),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=_collate_readable,
-        drop_last=is_train and len(data_source) >= batch_size,
         pin_memory=torch.cuda.is_available() and cfg.USE_CUDA,
     )
 

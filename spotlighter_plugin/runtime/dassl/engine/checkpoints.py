@@ -14,6 +14,8 @@ import warnings
 import numpy as np
 import torch
 
+from spotlighter_plugin import ranks
+
 from ..utils import load_checkpoint, save_checkpoint
 from ..utils.checkpoint import load_progress, load_weights, require_finite
 
@@ -72,10 +74,13 @@ def save_model(self, epoch, directory, is_best=False, val_result=None, model_nam
             is_best=is_best,
             model_name=model_name,
         )
+    ranks.barrier()  # the first process has written, and all may read
 
 
 def _prune(self, directory, done, every):
     """Keep of the epochs before this one the newest, and each `every`-th if that is above 0."""
+    if not ranks.is_first():
+        return
     for name in self.get_model_names():
         older = sorted(n for n in saved_epochs(os.path.join(directory, name)) if n < done)
         for number in older[:-1]:

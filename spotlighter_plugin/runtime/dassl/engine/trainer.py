@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from spotlighter_plugin import ranks
+
 from ..data import DataManager
 from ..evaluation import build_evaluator
 from ..modeling import build_backbone, build_head
@@ -126,7 +128,7 @@ class TrainerBase:
 
     # -- TensorBoard, where it is installed --------------------------------------------------------------------
     def init_writer(self, log_dir) -> None:
-        if self._writer is None and SummaryWriter is not None:
+        if self._writer is None and SummaryWriter is not None and ranks.is_first():
             print(f"Initialize tensorboard (log_dir={log_dir})")
             self._writer = SummaryWriter(log_dir=log_dir)
 
@@ -248,9 +250,8 @@ class SimpleTrainer(TrainerBase):
         if split != "val" or self.val_loader is None:
             split = "test"
         print(f"Evaluate on the *{split}* set")
-        for batch in tqdm(
-            self.val_loader if split == "val" else self.test_loader, disable=None
-        ):  # None: on a terminal only
+        loader = self.val_loader if split == "val" else self.test_loader
+        for batch in tqdm(loader, disable=None if ranks.is_first() else True):  # None: on a terminal only
             images, labels = self.parse_batch_test(batch)
             self.evaluator.process(self.model_inference(images), labels)
         results = self.evaluator.evaluate()
@@ -274,7 +275,7 @@ class SimpleTrainer(TrainerBase):
         self.batch_idx, end = -1, time.time()
         for self.batch_idx, batch in enumerate(batches):
             data_time.update(time.time() - end)
-            summary = self.forward_backward(*batch)
+            summary = ranks.mean_of(self.forward_backward(*batch))
             batch_time.update(time.time() - end)
             losses.update(summary)
             self._check_finite(summary)
@@ -319,6 +320,8 @@ class TrainerXU(SimpleTrainer):
     """Learns from labelled and unlabelled batches side by side; TRAIN.COUNT_ITER says which loader counts."""
 
     def run_epoch(self) -> None:
+        if ranks.world() > 1:
+            raise ValueError(f"{type(self).__name__} learns from two kinds of batches side by side: in one process")
         sizes = {"train_x": len(self.train_loader_x), "train_u": len(self.train_loader_u)}
         sizes["smaller_one"] = min(sizes.values())
         if self.cfg.TRAIN.COUNT_ITER not in sizes:

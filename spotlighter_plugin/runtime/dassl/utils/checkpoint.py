@@ -9,6 +9,7 @@ import warnings
 import torch
 from torch import nn
 
+from spotlighter_plugin import files
 from spotlighter_plugin.errors import one_line
 from spotlighter_plugin.files import refuse_deleted, regular, write_aside
 
@@ -31,6 +32,8 @@ def save_checkpoint(state, save_dir, is_best=False, remove_module_from_keys=True
     name = model_name or f"model.pth.tar-{state['epoch']}"
     path = os.path.join(save_dir, name)
     require_finite(state["state_dict"], f"{path} is not written")
+    if not files.writes:
+        return
     refuse_deleted(path)
     os.makedirs(save_dir, exist_ok=True)
     write_aside(path, lambda file: torch.save(state, file))
@@ -63,7 +66,7 @@ def load_checkpoint(fpath) -> dict:
     if not fpath or not os.path.exists(fpath):
         raise FileNotFoundError(f"no checkpoint at {fpath}")
     content = _read(regular(fpath))
-    if content and isinstance(content, dict) and "state_dict" not in content:
+    if isinstance(content, dict) and content and "state_dict" not in content:
         content = {"state_dict": content}
     state = content.get("state_dict") if isinstance(content, dict) else None  # empty of a model without any
     if not isinstance(state, dict) or not all(map(_is_tensor, state.items())):
