@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from dassl.data.datasets import Datum
 
-from spotlighter_plugin.files import is_picture, regular, sweep_leftovers, write_aside
+from spotlighter_plugin.files import is_picture, regular, write_aside
 
 
 class Row(NamedTuple):
@@ -34,7 +34,6 @@ def write_cache(content, path):
     """Like `write_json`, for files that only save time: in a folder that cannot be written, say so and go on."""
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        sweep_leftovers(os.path.dirname(path), 3600)  # other machines may write there
         write_json(content, path)
     except OSError as error:
         print(f"Not saved: {path} ({error.strerror or error}); it is made again in the next run")

@@ -18,6 +18,8 @@ from dassl.data.datasets import DATASET_REGISTRY, DatasetBase, Datum
 from PIL import Image
 from rich.progress import track
 
+from spotlighter_plugin.files import aside_of, sweep_leftovers
+
 from . import icon_render
 from .common import splits_of_the_protocol, takes_all_classes
 from .icon_drawings import concepts, drawings
@@ -90,12 +92,14 @@ class IconScenes(DatasetBase):
     def _write(self, scenes):
         missing = [scene for scene in dict.fromkeys(scenes) if not self._path(*scene).exists()]
         missing.sort(key=lambda scene: scene[0])  # one split after the other: its drawings are one array
+        for split in {scene[0] for scene in missing}:
+            sweep_leftovers(self.dataset_dir / self.domain / split)
         batches = [missing[start : start + AT_ONCE] for start in range(0, len(missing), AT_ONCE)]
         for batch in track(batches, f"{type(self).__name__}: drawing", disable=not missing):
             for scene, image in zip(batch, render(self.domain, batch), strict=True):
                 path = self._path(*scene)
                 path.parent.mkdir(parents=True, exist_ok=True)
-                aside = path.with_suffix(f".{os.getpid()}.tmp")
+                aside = aside_of(path)
                 Image.fromarray(image).save(aside, format="PNG", compress_level=1)
                 os.replace(aside, path)
 

@@ -1,6 +1,6 @@
 """The hand-written prompt of each data set (Table IX), by the name under which the data set is registered."""
 
-from spotlighter_plugin.towers.templates import GENERAL
+from spotlighter_plugin.towers import GENERAL
 
 PLAIN = "a photo of a {}."
 ICON_SCENES = [f"IconScenes{domain}" for domain in ("", "Inverted", "Colour", "Pixel", "Dark")]

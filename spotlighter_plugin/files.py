@@ -1,7 +1,9 @@
 """Files: written aside and renamed, one run a folder, pictures read one way."""
 
 import errno
+import glob
 import os
+import platform
 import re
 import stat
 import time
@@ -21,7 +23,9 @@ PICTURES = (
 LONGEST = (
     1000  # a picture's longer side over the shorter: a strip of 1 x 100,000 resized by its short side fills memory
 )
+FOREIGN = 3600  # seconds after which what another machine left half written is swept, too
 PATIENCE = 10  # seconds in which the last processes of a killed run end
+MACHINE = re.sub(r"[^\w-]", "-", platform.node())
 HOLDER = "SPOTLIGHTER_LOCKED"  # the folder whose lock a process has from the one that started it
 _held = {}  # {folder: its lock's open file}: what this process writes to
 writes = True  # of several processes that make one run, one does
@@ -40,8 +44,9 @@ def write_aside(path, write, option="--output-dir") -> None:
     if not writes:
         return
     path = os.fspath(path)
-    aside = f"{path}.{os.getpid()}.tmp"
+    aside = aside_of(path)
     refuse_deleted(path)
+    _sweep(map(Path, glob.glob(f"{glob.escape(path)}.*.tmp")), FOREIGN)
     try:
         try:
             with open(aside, "wb") as file:
@@ -64,15 +69,25 @@ def _cannot_write(path, reason, option):
     return f"cannot write {path} ({reason}): make room or set another {option}"
 
 
-def sweep_leftovers(folder, age=0) -> None:
-    """Remove what dead processes left half written, NAME.PID.tmp, in a folder and those right in it.
+def aside_of(path) -> str:
+    """Where this process writes a file before it takes its place."""
+    return f"{os.fspath(path)}.{os.getpid()}@{MACHINE}.tmp"
 
-    Args: age: seconds; younger files stay.
+
+def sweep_leftovers(folder, age=FOREIGN) -> None:
+    """Remove what dead processes left half written, as `aside_of` names it, in a folder and those right in it.
+
+    Args: age: seconds; what may be another machine's stays if it is younger. 0 where nobody else writes.
     """
-    for path in [*Path(folder).glob("*.tmp"), *Path(folder).glob("*/*.tmp")]:
-        found = re.search(r"\.(\d+)\.tmp$", path.name)
+    _sweep([*Path(folder).glob("*.tmp"), *Path(folder).glob("*/*.tmp")], age)
+
+
+def _sweep(paths, age):
+    for path in paths:
+        found = re.search(r"\.(\d+)(@[\w-]*)?\.tmp$", path.name)
         with suppress(OSError):
-            if found and not _runs(int(found[1])) and time.time() - path.stat().st_mtime >= age:
+            mine = found and found[2] == f"@{MACHINE}"
+            if found and not _runs(int(found[1])) and (mine or time.time() - path.stat().st_mtime >= age):
                 path.unlink()
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from .config import SpotlighterConfig
+from .files import write_aside
 
 CONFIGURATION, STATE = "config.json", "model.safetensors"
 
@@ -30,9 +31,9 @@ class Pretrained:
         folder.mkdir(parents=True, exist_ok=True)
         said = {"config": asdict(self.config), "class_names": self.class_names}
         state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        _write_aside(folder / STATE, lambda path: save_file(state, path, {"format": "pt"}))
+        write_aside(folder / STATE, lambda file: file.write(save(state, {"format": "pt"})), "folder")
         text = json.dumps(said, indent=2, ensure_ascii=False)
-        _write_aside(folder / CONFIGURATION, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+        write_aside(folder / CONFIGURATION, lambda file: file.write(f"{text}\n".encode()), "folder")
 
     @classmethod
     def from_pretrained(
@@ -93,12 +94,3 @@ class Pretrained:
         if top_k is None:
             return [name for (name,) in names], probabilities.squeeze(1)
         return names, probabilities
-
-
-def _write_aside(path: Path, write) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(aside)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)

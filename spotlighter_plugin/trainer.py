@@ -23,8 +23,8 @@ from .config import from_cfg
 from .hosts.base import HostAdapter
 from .hosts.generic import GenericAdapter
 from .method.invariance import undisturbed
+from .towers import GENERAL
 from .towers.clip import encode_prompts, load_clip, mixed_precision
-from .towers.templates import GENERAL
 from .wrapper import SpotlighterWrapper
 
 NO_CHECK = "SPOTLIGHTER_NO_CHECK"  # an environment variable: attach without the check that it changes nothing

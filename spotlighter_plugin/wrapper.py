@@ -16,7 +16,7 @@ from .hosts.base import HostAdapter
 from .method import losses
 from .method.classes import listed
 from .method.invariance import check_invariance
-from .method.memory import place_in_class
+from .method.memory import place_in_class, to_weigh_by, weighed_classes
 from .method.merging import whereabouts
 from .method.objective import objective
 from .method.plugin import Plugin
@@ -176,14 +176,18 @@ class SpotlighterWrapper(Pretrained, nn.Module):
                     batch = self._begin(adapter, images[new])[1]
                     embeddings.append(F.normalize(self._encode(adapter, batch), dim=-1))
                     rows.append(labels[new])
-                    own.append(batch.own_logits)
+                    if adapter.gives_logits:
+                        own.append(to_weigh_by(batch.own_logits.float(), labels[new]))
                     seen += labels[new].bincount(minlength=len(seen))
             rows = ranks.gather(torch.cat([seen[:0], *rows]))
             embeddings = ranks.gather(torch.cat([memory.centre.new_zeros(0, len(memory.centre)), *embeddings]))
-            own = ranks.gather(torch.cat([embeddings.new_zeros(0, len(seen)), *own])) if adapter.gives_logits else None
             first = place_in_class(rows) < limit  # of all processes' images
+            if adapter.gives_logits:
+                none = to_weigh_by(embeddings.new_zeros(0, len(seen)), seen[:0])
+                weighed = torch.isin(rows, weighed_classes(len(seen)).to(device))
+                own = ranks.gather(torch.cat([none, *own]))[first[weighed]]
             if len(rows):
-                self.learn(embeddings[first], rows[first], None if own is None else own[first])
+                self.learn(embeddings[first], rows[first], own if adapter.gives_logits else None)
         return int(first.sum())
 
     @torch.inference_mode(False)
@@ -191,7 +195,7 @@ class SpotlighterWrapper(Pretrained, nn.Module):
     def learn(self, embeddings: Tensor, labels: Tensor, own: Tensor | None = None) -> None:
         """``remember`` images of which ``image_embeddings`` are known: (n, d), and the classes (n,) to file them under.
 
-        own: the host's logits (n, C) of these images, where the host keeps its own.
+        own: ``memory.to_weigh_by`` of the host's logits (n, C) of these images, where the host keeps its own.
         """
         adapter = self._adapter()
         batch = self._begin(adapter, embeddings)[1]

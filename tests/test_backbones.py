@@ -32,18 +32,18 @@ def model():
 def test_a_state_dict_comes_back_bit_for_bit(model, tmp_path):
     for name in ("weights.pt", "weights.pth"):
         torch.save(model.state_dict(), tmp_path / name)
-        loaded = load_clip(str(tmp_path / name))
+        loaded = load_clip(f"{tmp_path / name}:quickgelu")
         assert all(torch.equal(value, model.state_dict()[key]) for key, value in loaded.state_dict().items())
         assert loaded.dtype == torch.float32 and not loaded.training
     save_file({k: v.clone() for k, v in model.state_dict().items()}, tmp_path / "weights.safetensors")
-    loaded = load_clip(str(tmp_path / "weights.safetensors"))
+    loaded = load_clip(f"{tmp_path / 'weights.safetensors'}:quickgelu")
     assert torch.equal(loaded.visual.proj, model.visual.proj)
 
 
 def test_a_torchscript_archive_loads(model, tmp_path):
     traced = torch.jit.trace(model, (torch.zeros(1, 3, 32, 32), tokenize(["red"])), check_trace=False)
     traced.save(str(tmp_path / "archive.pt"))
-    loaded = load_clip(str(tmp_path / "archive.pt"))
+    loaded = load_clip(f"{tmp_path / 'archive.pt'}:quickgelu")
     assert torch.equal(loaded.text_projection, model.text_projection)
 
 
@@ -202,7 +202,7 @@ def test_the_bundled_towers_are_of_two_widths_and_load_by_name():
     assert {clip.visual.input_resolution for clip in towers.values()} == {112}
 
 
-def test_open_clips_weights_keep_the_activation_that_they_were_trained_with(tmp_path, capsys):
+def test_open_clips_weights_keep_the_activation_that_they_were_trained_with(tmp_path):
     open_clip = pytest.importorskip("open_clip")
     texts, images = tokenize(TEXTS), torch.randn(2, 3, 32, 32)
     vision = {"layers": 2, "width": 64, "patch_size": 8, "image_size": 32, "head_width": 64}
@@ -218,11 +218,20 @@ def test_open_clips_weights_keep_the_activation_that_they_were_trained_with(tmp_
             with torch.no_grad():
                 torch.testing.assert_close(ours.encode_image(images), theirs.encode_image(images), atol=1e-4, rtol=1e-4)
                 torch.testing.assert_close(ours.encode_text(texts), theirs.encode_text(texts), atol=1e-4, rtol=1e-4)
-    with pytest.raises(ValueError, match=r"open_clip.bin looks like open_clip's.*append :gelu, or :quickgelu"):
-        load_clip(str(tmp_path / "open_clip.bin"))
-    torch.save(theirs.state_dict(), tmp_path / "plain.pt")
-    load_clip(str(tmp_path / "plain.pt"))
-    assert "plain.pt: taken to have OpenAI's activation" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["open_clip_pytorch_model.bin", "plain.pt", "plain.safetensors"])
+def test_weights_that_do_not_say_their_activation_are_refused_by_the_option_that_does(model, tmp_path, name):
+    path = tmp_path / name
+    if name.endswith("safetensors"):
+        save_file({k: v.clone() for k, v in model.state_dict().items()}, path)
+    else:
+        torch.save(model.state_dict(), path)
+    with pytest.raises(ValueError, match=rf"{path} does not say .* append :gelu, or :quickgelu .*BACKBONE.NAME") as e:
+        load_clip(str(path))
+    assert one_line(e)
+    quick, exact = (load_clip(f"{path}:{activation}") for activation in backbones.ACTIVATIONS[::-1])
+    assert not torch.equal(*(clip.encode_image(torch.ones(1, 3, 32, 32)) for clip in (quick, exact)))
 
 
 def saved_by_transformers(folder, **options):

@@ -19,6 +19,7 @@ from torch import nn
 from datasets import common
 from datasets.benchmarks import DATASET_REGISTRY
 from spotlighter_plugin import cli, files
+from spotlighter_plugin.method import memory
 from spotlighter_plugin.runtime.dassl import evaluation, utils
 from spotlighter_plugin.runtime.dassl.engine import checkpoints
 from spotlighter_plugin.runtime.dassl.utils import checkpoint
@@ -486,6 +487,47 @@ def test_what_dead_processes_left_half_written_is_swept_at_the_next_start(root):
     assert not any(path.exists() for path in old) and living.exists() and mine.exists()
 
 
+def test_what_a_kill_left_half_written_goes_when_that_file_is_written_again_or_drawn_beside(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    answers, others = tmp_path / "answers.csv", tmp_path / "others.csv"
+    left, kept = (Path(files.aside_of(path).replace(str(os.getpid()), str(dead.pid))) for path in (answers, others))
+    living = Path(files.aside_of(answers).replace(str(os.getpid()), str(os.getppid())))
+    elsewhere = left.with_name(left.name.replace(files.MACHINE, "elsewhere"))
+    for path in (left, kept, living, elsewhere):
+        path.write_bytes(b"half")
+    files.write_aside(answers, lambda file: file.write(b"whole"))
+    assert answers.read_bytes() == b"whole" and not left.exists()
+    assert kept.exists() and living.exists() and elsewhere.exists()  # another's, and perhaps at work
+    files.sweep_leftovers(tmp_path)
+    assert not kept.exists() and living.exists() and elsewhere.exists()
+    os.utime(elsewhere, (0, 0))
+    files.sweep_leftovers(tmp_path)
+    assert not elsewhere.exists()
+
+
+def test_kills_at_any_moment_lose_no_ended_epoch_change_nothing_and_leave_nothing():
+    tool = ROOT / "tools" / "soak.py"
+    command = [sys.executable, tool, "kill", "--kills", "6", "--only", "checkpointing,drawing,predict"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    row = re.search(r"│ all +│(.*)│", done.stdout)[1]
+    kills, half_written, continued, _, lost, differ, left = map(int, row.split("│"))
+    assert kills == 6 and continued >= 6 and half_written <= kills
+    assert (lost, differ, left) == (0, 0, 0)
+
+
+def test_each_continued_run_has_a_log_of_its_own_whose_lines_outlive_a_kill(tmp_path, monkeypatch):
+    console, read = sys.stdout, []
+    for number in range(3):  # within a second
+        utils.setup_logger(str(tmp_path / "log.txt"))
+        print(f"run {number}")
+        read.append(Path(sys.stdout.file.name).read_text())  # before it is closed
+        sys.stdout.close()
+        monkeypatch.setattr(sys, "stdout", console)
+    assert read == [f"run {number}\n" for number in range(3)] and len(list(tmp_path.iterdir())) == 3
+
+
 def test_an_output_folder_deleted_in_mid_run_is_one_line(root, mistake, monkeypatch):
     import shutil
 
@@ -678,6 +720,44 @@ def test_ten_thousand_classes_are_evaluated_in_a_few_megabytes(tmp_path):
         evaluator.process(torch.randn(32, 10_000, generator=rng).scatter(1, labels[:, None], 9.0), labels)
     assert evaluator.evaluate()["accuracy"] > 99
     assert resident() - before < 500e6
+
+
+def grown(work):
+    """By how many bytes the most that this process has in memory is above what it has now."""
+    before = resident()
+    Path("/proc/self/clear_refs").write_text("5")  # forget the most
+    work()
+    most = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    return 1024 * most - before
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc")
+@pytest.mark.parametrize("keeps_own_logits", [False, True])
+def test_what_is_remembered_takes_memory_by_the_shot_not_by_shots_times_classes(keeps_own_logits):
+    n_classes, shots, dim = 3000, 4, 32  # 12,000 shots: times classes 144 MB, apart from what is done with them
+    rng = torch.Generator().manual_seed(0)
+    rows, unit = torch.arange(n_classes).repeat(shots), nn.functional.normalize
+    texts = unit(torch.randn(n_classes, dim, generator=rng), dim=-1)
+    learned = memory.ClassMemory([f"class {number}" for number in range(n_classes)], dim)
+
+    def remember():
+        images, own = [], []
+        for part in rows.split(100):
+            images.append(unit(texts[part] + 0.1 * torch.randn(len(part), dim, generator=rng), dim=-1))
+            if keeps_own_logits:
+                own.append(memory.to_weigh_by(10 * images[-1] @ texts.T, part))
+        learned.remember(torch.cat(images), rows, texts, None, 10.0, torch.cat(own) if own else None)
+
+    assert grown(remember) < (100e6 if keeps_own_logits else 70e6)
+    assert learned.choice.accuracy > 0.5 and (learned.counts == shots).all()
+
+
+def test_the_covariance_within_classes_is_the_same_in_chunks(monkeypatch):
+    images, rows = torch.randn(50, 6), torch.arange(50) % 7
+    whole = memory.statistics(images, rows, 8)
+    monkeypatch.setattr(memory, "CHUNK", 16)
+    for one, other in zip(whole, memory.statistics(images, rows, 8), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 # -- the document ----------------------------------------------------------------------------------------------

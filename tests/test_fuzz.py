@@ -4,12 +4,14 @@ SPOTLIGHTER_FUZZ multiplies the number of inputs: 4 gives 2,240.
 """
 
 import copy
+import functools
 import io
 import json
 import os
 import pickle
 import string
 import warnings
+from collections import Counter
 
 import miniatures
 import numpy as np
@@ -29,14 +31,28 @@ from spotlighter_plugin.runtime.dassl.utils import checkpoint
 from spotlighter_plugin.workbench.training import settings as options
 from spotlighter_plugin.workbench.training.train import main
 
+TIMES = int(os.environ.get("SPOTLIGHTER_FUZZ", "0"))
+asked, drawn = {}, Counter()  # by test
+
 
 def inputs(number):
-    """The same inputs every time; with SPOTLIGHTER_FUZZ N, N times as many and other ones."""
-    times = int(os.environ.get("SPOTLIGHTER_FUZZ", "0"))
-    return settings(
-        max_examples=number * max(times, 1), derandomize=not times, deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
+    """The same inputs every time; with SPOTLIGHTER_FUZZ N, N times as many and other ones. Each is counted."""
+
+    def decorate(test):
+        inner, name = test.hypothesis.inner_test, test.__name__
+        asked[name] = number * max(TIMES, 1)
+
+        @functools.wraps(inner)
+        def counted(*args, **kwargs):
+            drawn[name] += 1
+            return inner(*args, **kwargs)
+
+        test.hypothesis.inner_test = counted
+        return settings(
+            max_examples=asked[name], derandomize=not TIMES, deadline=None, suppress_health_check=list(HealthCheck)
+        )(test)
+
+    return decorate
 
 
 def told(call, *names):
@@ -338,3 +354,11 @@ def test_logits_and_labels(data):
         assert named and evaluator.evaluate()["accuracy"] == pytest.approx(100 * right / n)
     else:
         assert not named
+
+
+def test_as_many_inputs_came_in_as_were_asked_for(capsys):
+    if drawn.keys() < asked.keys():
+        pytest.skip("a part of the tests ran")
+    with capsys.disabled():
+        print(f"\n{sum(drawn.values()):,} inputs, none with a traceback", end=" ")
+    assert sum(drawn.values()) >= 0.9 * sum(asked.values())  # a choice among few may be drawn to its end

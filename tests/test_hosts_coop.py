@@ -39,6 +39,14 @@ def test_the_class_name_stands_where_the_option_says(position, text):
             assert torch.equal(row, expected)
 
 
+def test_words_that_are_too_few_for_the_context_are_left_out_in_one_line(capsys):
+    words, said = "a photo of a", []
+    for n_ctx, text in ((5, words), (4, words), (0, words), (5, "")):
+        PromptLearner(["red"], random_clip(), n_ctx=n_ctx, ctx_init=text)
+        said.append(capsys.readouterr().out)
+    assert said[1:] == [""] * 3 and said[0].count("\n") == 1 and "'a photo of a' is 4 tokens and N_CTX 5" in said[0]
+
+
 def test_a_context_for_each_class(tmp_path):
     trainer = coop(tmp_path, "TRAINER.COOP.CSC", True)
     assert trainer.model.prompt_learner.ctx.shape == (6, 4, 64)

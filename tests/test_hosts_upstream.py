@@ -49,7 +49,7 @@ def clip_state(seed, embed, vision, text):
 
 def ours(host, folder, theirs):
     """Our model of the host with the fork's weights, and the part that the fork saves."""
-    cfg, student = get_cfg_default(), load_clip(str(folder / "student.pt"))
+    cfg, student = get_cfg_default(), load_clip(f"{folder / 'student.pt'}:quickgelu")
     cfg.DATASET.NAME = "OxfordPets"
     for node, values in settings(host).items():
         cfg.TRAINER[node] = CfgNode(values)
@@ -62,7 +62,8 @@ def ours(host, folder, theirs):
         case "PromptSRC":
             return promptsrc.CustomCLIP(CLASS_NAMES, student, **prompts)
         case "PromptKD":
-            teacher = promptsrc.CustomCLIP(CLASS_NAMES, load_clip(str(folder / "teacher.pt")), **prompts).eval()
+            taught_by = load_clip(f"{folder / 'teacher.pt'}:quickgelu")
+            teacher = promptsrc.CustomCLIP(CLASS_NAMES, taught_by, **prompts).eval()
             load_weights(teacher, theirs["teacher_state"], "the fork's teacher")
             return promptkd.CustomCLIP(student, teacher, 4, 3)
         case "CLIPFit":

@@ -168,6 +168,17 @@ def test_a_half_done_run_continues_from_its_checkpoint(home):
     assert read_run(train).accuracy == whole
 
 
+def test_a_run_killed_between_its_result_and_what_it_keeps_is_gone_on_with(home):
+    run(plan(home))
+    train, test = plan(home).chains()[0]
+    assert train.complete and test.complete
+    for each in (train, test):
+        (each.folder / "config.yaml").touch()  # as this repository's train.py does at first
+    assert not train.complete and test.complete  # an evaluation keeps nothing
+    (train.folder / "run.json").touch()  # and at last
+    assert train.complete
+
+
 def test_a_failing_run_is_survived_and_reported_at_the_end(home):
     failures, said = run(plan(home, hosts=("CoOp", "CoOpSpotlighter"), options=("TRAINER.FAIL", "CoOp")))
     assert len(failures) == 1 and "2 of 4 runs are complete, 1 failed" in said

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..method.layout import Layout, layout_of
-from ..towers.templates import GENERAL
+from ..towers import GENERAL
 
 TEXT_CHUNK = 256  # texts that go through a text tower at once
 

@@ -27,6 +27,8 @@ CENTRED = 0.5  # share of the common mean that is taken off where texts are damp
 EVEN = 0.5  # share of the mean variance in damping; 1 damps nothing
 NARROWEST = 0.02  # variance of the means in a direction, of that within classes
 PARTITIONS, PARTS, MOST_IMAGES = 4, 4, 4096  # of weighing: of classes, of a class's shots, and images looked at
+MOST_CLASSES = 1024  # of which a host's own logits are kept to weigh by
+CHUNK = 2**14  # images whose distances to their classes' means are in memory at once
 
 
 class Gaussians(NamedTuple):
@@ -118,13 +120,21 @@ class ClassMemory(NamedClasses):
             rows: (n,), class of each image in 0…C-1.
             texts, ensemble: (C, d), unit length, of the host's prompts and of hand-written templates, if there are any.
             scale: 1/τ.
-            own: the host's own logits (n, C) where these are more than cosines over τ; the memory leaves texts alone.
+            own: ``to_weigh_by`` of the host's own logits (n, C) where these are more than cosines over τ; the memory
+                leaves texts alone then.
             judged: whether the rows are labels, by which the evidence can be weighed.
         """
         self.name(self.asked)
         shots = statistics(images, rows, len(self.asked))
         learned, seen = fit(shots), shots.counts > 0
-        self.choice = weigh(images, rows, texts, ensemble, scale, own, judged)
+        if own is None:
+            self.choice = weigh(images, rows, texts, ensemble, scale, None, judged)
+        else:
+            classes = weighed_classes(len(self.asked)).to(rows.device)
+            place = rows.new_full((len(self.asked),), -1)
+            place[classes] = torch.arange(len(classes), device=rows.device)
+            mine = place[rows] >= 0
+            self.choice = weigh(images[mine], place[rows[mine]], texts[classes], None, scale, own, judged)
         self.centre, self.metric, self.spread = learned.centre, learned.metric, learned.spread
         self.means, self.counts = learned.means.to(torch.half), learned.counts
         said = blend(texts, ensemble, self.choice.ensemble)[seen]
@@ -181,7 +191,10 @@ def statistics(images: Tensor, rows: Tensor, n_classes: int) -> Shots:
     counts = rows.bincount(minlength=n_classes)
     means = images.new_zeros(n_classes, images.shape[1]).index_add_(0, rows, images) / counts.clamp(min=1)[:, None]
     freedom = len(rows) - int((counts > 0).sum())
-    return Shots(means, counts, _covariance(images - means[rows], freedom), freedom)
+    within = images.new_zeros(images.shape[1], images.shape[1])
+    for part, row in zip(images.split(CHUNK), rows.split(CHUNK), strict=True):
+        within += _covariance(part - means[row], freedom)
+    return Shots(means, counts, within, freedom)
 
 
 def fit(shots: Shots) -> Gaussians:
@@ -260,7 +273,7 @@ def weigh(
     shares = ENSEMBLE if ensemble is not None and own is None else ENSEMBLE[:1]
     dampings = DAMPING if own is None else DAMPING[:1]
     place, classes = place_in_class(rows), rows.unique()
-    parts = min(PARTS, int(place.max()) + 1)
+    parts = min(PARTS, int(place.max()) + 1) if len(place) else 0
     if not judged or len(classes) < 2 or parts < 3:
         why = "guessed labels" if not judged else "one class" if len(classes) < 2 else "fewer than three shots a class"
         return Choice(shares[-1], dampings[len(dampings) // 2], UNJUDGED, UNJUDGED, float("nan"), float("nan"), why)
@@ -318,6 +331,17 @@ def _judge(images, rows, learns, tests, known, texts, ensemble, scale, own, grid
             hit, closed = scores.argmax(1) == labels, scores[is_known, :known].argmax(1) == labels[is_known]
             result.append(torch.stack([each.float().mean() for each in (hit[is_known], hit[~is_known], closed)]))
     return torch.stack(result, 1).nan_to_num(0.0)
+
+
+def weighed_classes(n_classes: int) -> Tensor:
+    """The classes that a host's own logits are weighed by, ascending: all, or ``MOST_CLASSES`` at random."""
+    return torch.randperm(n_classes, generator=torch.Generator().manual_seed(0))[:MOST_CLASSES].sort().values
+
+
+def to_weigh_by(logits: Tensor, rows: Tensor) -> Tensor:
+    """Of logits (n, C) of images of classes (n,) what weighing looks at: those of ``weighed_classes`` among them."""
+    classes = weighed_classes(logits.shape[1]).to(logits.device)
+    return logits[torch.isin(rows, classes)][:, classes]
 
 
 def place_in_class(rows: Tensor) -> Tensor:

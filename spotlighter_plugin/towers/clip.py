@@ -35,9 +35,9 @@ def load_clip(name: str, device: str | torch.device = "cpu") -> CLIP:
     """Load a CLIP model in float32 and evaluation mode.
 
     name: one of OpenAI's names (downloaded with its checksum into ~/.cache/clip), one of `BUNDLED`, or a path to a
-        TorchScript archive, a state dict (.pt, .pth, .bin) or a .safetensors file. open_clip's files of OpenAI's
-        architecture are read, too: append the activation that they were trained with, as in `weights.bin:gelu` or
-        `weights.bin:quickgelu`, which their file names may say themselves. `open_clip:MODEL/WEIGHTS` and
+        TorchScript archive, a state dict (.pt, .pth, .bin) or a .safetensors file. Bare weights of OpenAI's
+        architecture do not say with which activation they were trained: append it, as in `weights.bin:gelu` or
+        `weights.bin:quickgelu`, unless the file's name has it. `open_clip:MODEL/WEIGHTS` and
         `transformers:NAME` (or a folder) are loaded by these libraries, activation and all.
     Raises ValueError (unknown name, file that holds no CLIP), FileNotFoundError (no such file), ConnectionError (the
         download failed); each is one line.
@@ -48,8 +48,9 @@ def load_clip(name: str, device: str | torch.device = "cpu") -> CLIP:
         return _of_library(library, name).to(device)
     path = _locate(name)
     state_dict = _read_state_dict(path)
-    activation = said or _activation_of(path, state_dict, library)
-    return _with_activation(_build(_expand_vocabulary(state_dict), path), activation).to(device)
+    model = _build(_expand_vocabulary(dict(state_dict)), path)
+    activation = said or ("quickgelu" if name in openai_clip._MODELS else _activation_of(path, state_dict))
+    return _with_activation(model, activation).to(device)
 
 
 def weights_file(name: str) -> Path | None:
@@ -313,22 +314,19 @@ def _of_transformers(name):
     return encode, state_dict, "quickgelu" if model.config.vision_config.hidden_act == "quick_gelu" else "gelu"
 
 
-def _activation_of(path: Path, state_dict: dict[str, torch.Tensor], library: str | None = None) -> str:
-    """The activation of weights whose name does not end with it: OpenAI's, or what the file's name says.
+def _activation_of(path: Path, state_dict: dict[str, torch.Tensor]) -> str:
+    """The activation of weights in a file without a name of OpenAI's: what the file's name or content says.
 
-    Raises ValueError for a file of open_clip's that says neither; it would be wrong without an error.
+    Raises ValueError for bare weights that say neither; with the wrong one they would be wrong without an error.
     """
     name = path.name.lower().replace("_", "").replace("-", "")
     if "gelu" in name:
         return "quickgelu" if "quickgelu" in name else "gelu"
-    foreign = library is not None or any(word in name for word in ("openclip", "laion", "datacomp", "metaclip", "dfn"))
-    if foreign:
-        raise ValueError(
-            f"{path} looks like open_clip's, whose models have either activation: append :gelu, or :quickgelu for a "
-            "model whose name ends in -quickgelu, to MODEL.BACKBONE.NAME"
-        )
     if "token_embedding.rows" not in state_dict and not {"input_resolution", "context_length"} <= state_dict.keys():
-        print(f"{path.name}: taken to have OpenAI's activation, QuickGELU (:gelu behind the name says otherwise)")
+        raise ValueError(
+            f"{path} does not say with which activation it was trained: append :gelu, or :quickgelu (OpenAI's weights, "
+            "and models of open_clip's whose names end in -quickgelu), to MODEL.BACKBONE.NAME"
+        )
     return "quickgelu"
 
 

@@ -43,7 +43,7 @@ class PromptLearner(nn.Module):
     """Learned context vectors around the class names' own token embeddings.
 
     n_ctx: number of context vectors (0: as many as ctx_init has tokens); ctx_init: words to start from (those beyond
-    the first n_ctx stay as they are; with fewer than n_ctx it is not used); per_class: one context for each class;
+    the first n_ctx stay as they are; with fewer than n_ctx it is left out, in one line); per_class: one for each class;
     position: where the class name stands, "end", "middle" or "front". Calling it gives token embeddings (C, 77, w).
     """
 
@@ -72,10 +72,13 @@ class PromptLearner(nn.Module):
 
     @staticmethod
     def _initial_context(clip_model, n_ctx, ctx_init, copies):
-        if n_ctx > len(_tokenizer.encode(ctx_init)):
+        words = len(_tokenizer.encode(ctx_init))
+        if n_ctx > words:
+            if ctx_init:
+                print(f"Note: CTX_INIT {ctx_init!r} is {words} tokens and N_CTX {n_ctx}: left out, contexts are drawn")
             width = clip_model.ln_final.weight.shape[0]
             return torch.randn(*copies, n_ctx, width) * 0.02, " ".join(["X"] * n_ctx)
-        n_ctx = n_ctx or len(_tokenizer.encode(ctx_init))
+        n_ctx = n_ctx or words
         ids = tokenize([ctx_init]).to(clip_model.token_embedding.weight.device)
         with torch.no_grad():
             return clip_model.token_embedding(ids)[0, 1 : 1 + n_ctx].repeat(*copies, 1, 1), ctx_init

@@ -74,7 +74,8 @@ def train(
     from ... import ranks
     from ...compat import ROOT
     from ...towers.clip import load_clip
-    from ..training.saved import NOTE, hosts
+    from ..training.runs import NOTE
+    from ..training.saved import hosts
     from ..training.settings import import_trainers_and_datasets
     from ..training.train import run
 

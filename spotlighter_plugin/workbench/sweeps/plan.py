@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...compat import ROOT as HERE
-from ..training.runs import config_folder, read_run, same
+from ..training.runs import config_folder, read_run, same, unsaved
 
 ELEVEN = ["imagenet", "caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101", "fgvc_aircraft"]
 ELEVEN += ["sun397", "dtd", "eurosat", "ucf101"]
@@ -61,7 +61,7 @@ class Run:
     @property
     def complete(self) -> bool:
         log = read_run(self.folder)
-        return log is not None and log.complete
+        return log is not None and log.complete and (log.evaluates_only or not unsaved(self.folder))
 
     def contradiction(self) -> str:
         """A line if the run in the folder was not made with these options, else ""."""

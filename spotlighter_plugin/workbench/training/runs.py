@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+NOTE, SETTINGS = "run.json", "config.yaml"  # what a run here writes last, and first
 MARKS = re.compile(
     r"Evaluate on the \*(?P<split>\w+)\* set|(?P<finish>^Finish training)|"
     r"^\* total: (?P<total>[\d,]+)\s+\* correct: (?P<correct>[\d,]+)\s+\* accuracy: (?P<accuracy>[\d.]+)%",
@@ -100,6 +101,11 @@ def _indented(text, heading):
         parents[depth:] = [match[2]]
         found[".".join(parents)] = match[3] or ""
     return found
+
+
+def unsaved(folder) -> bool:
+    """Whether a run of this repository's train.py has not written all that it keeps, whatever its log says."""
+    return Path(folder, SETTINGS).exists() and not Path(folder, NOTE).exists()
 
 
 def progress(folder) -> float:

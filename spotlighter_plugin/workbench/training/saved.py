@@ -16,9 +16,10 @@ from torch import Tensor
 from ...files import read_picture, write_aside
 from ...towers.clip import weights_file
 from ...wrapper import SpotlighterWrapper
+from .runs import NOTE, SETTINGS
 from .settings import import_trainers_and_datasets, parse, setup_cfg
 
-NOTE, SETTINGS, PRETRAINED = "run.json", "config.yaml", "pretrained"
+PRETRAINED = "pretrained"
 
 
 @dataclass

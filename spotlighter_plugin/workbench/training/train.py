@@ -61,7 +61,7 @@ def run(argv=None, build=None) -> Run:
     with ranks.joined(), _writable(cfg.OUTPUT_DIR), alone_in(cfg.OUTPUT_DIR):
         ranks.take_device(cfg.USE_CUDA)
         if ranks.is_first():
-            sweep_leftovers(cfg.OUTPUT_DIR)
+            sweep_leftovers(cfg.OUTPUT_DIR, age=0)
             if not args.eval_only:
                 _refuse_other_settings(cfg)
         ranks.barrier()

@@ -14,7 +14,8 @@ class Logger:
         self.file = None
         if fpath:
             os.makedirs(os.path.dirname(fpath) or ".", exist_ok=True)
-            self.file = open(fpath, "w", encoding="utf-8")  # noqa: SIM115  (lives as long as the run)
+            # lives as long as the run, each line of it outlives a kill
+            self.file = open(fpath, "w", buffering=1, encoding="utf-8")  # noqa: SIM115
 
     def write(self, text) -> None:
         try:
@@ -60,11 +61,15 @@ class Logger:
 def setup_logger(output=None) -> None:
     """From here on print() also goes to `output`/log.txt (or to `output` itself when it is a .txt or .log file).
 
-    An existing log is kept: the new one gets the time in its name.
+    An existing log is kept: the new one gets the time in its name, and a number if there are several of one second.
     """
     if output is None:
         return
     path = output if output.endswith((".txt", ".log")) else os.path.join(output, "log.txt")
     if os.path.exists(path):
-        path += time.strftime("-%Y-%m-%d-%H-%M-%S")
+        path = stem = path + time.strftime("-%Y-%m-%d-%H-%M-%S")
+        number = 1
+        while os.path.exists(path):
+            number += 1
+            path = f"{stem}-{number}"
     sys.stdout = Logger(path)

@@ -1,6 +1,0 @@
-"""Ways to say a class's name: the seven templates that OpenAI gives for CLIP."""
-
-GENERAL = (
-    "itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.", "a {} in a video game.",
-    "art of the {}.", "a photo of the small {}.",
-)  # fmt: skip
