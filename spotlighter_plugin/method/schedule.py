@@ -61,7 +61,7 @@ def place(share: float, tower: Tower, fuses: bool = False, exact: bool = True) -
     """Merges and a cut that spend a share of the host's operations: [(s, k)] and r, as ``steps`` takes them.
 
     r tokens are merged before each of blocks 1…L-2, and before the last, s = L-1, of what is left at least half goes
-    on. Measured by ``tools/operations.py``: at equal operations cuts before two thirds of the depth lose more.
+    on. Measured by ``workbench/speed/accuracy.py``: at equal operations cuts before two thirds of the depth lose more.
 
     Raises:
         ValueError: no such schedule of this tower comes within 0.02 of it; if not ``exact`` the nearest is taken.
@@ -91,13 +91,14 @@ def rivals(share: float, tower: Tower) -> dict[str, dict]:
     going on as one (as in EViT, arXiv 2202.07800).
     """
     blocks, tokens = tower.blocks, tower.tokens
-    quarters = [round(blocks * part / 4) for part in (1, 2, 3)]
+    quarters = sorted({round(blocks * part / 4) for part in (1, 2, 3)})  # a shallow tower has fewer
 
     def nearest(ways):
         return min(ways, key=lambda key: abs(operations(tower, ways[key]) / operations(tower) - share))
 
     merged = {r: steps(tower, [(blocks - 1, tokens)], r) for r in range(tokens // 2 + 1)}
-    kept = {rate / 1000: [max(2, round(tokens * (rate / 1000) ** i)) for i in (1, 2, 3)] for rate in range(50, 1000, 5)}
+    rates = [rate / 1000 for rate in range(50, 1000, 5)]
+    kept = {rate: [max(2, round(tokens * rate**i)) for i, _ in enumerate(quarters, 1)] for rate in rates}
     cut = nearest({rate: steps(tower, list(zip(quarters, k, strict=True)), 0, True) for rate, k in kept.items()})
     *early, (block, k) = zip(quarters, kept[cut], strict=True)
     return {

@@ -19,23 +19,27 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ...config import PRESETS, SpotlighterConfig
-from ...method.schedule import Step, Tower, groups, lengths
+from ...method.schedule import Step, Tower, groups, rivals
 from ...method.schedule import operations as counted
 from ...towers.clip import BUNDLED
 from ...towers.prompts import normalize
 from ...wrapper import SpotlighterWrapper
-from .bench_hosts import DTYPES, HOSTS, SHAPES, build_host, logits_of, shape_of, upstream_logits
+from . import accuracy
+from .bench_hosts import DTYPES, HOSTS, SHAPES, build_host, logits_of, shape_of, texts_alone, upstream_logits
 from .stopwatch import OUTSIDE, STAGES, alternate, operations, peak_memory, stages
 
-SWEPT = {"preset": str, "select_block": int, "top_k": int}
+METHODS = ("spotlighter", "random", "merging", "evit")
+SWEPT = {"batch_size": int, "preset": str, "share": float, "select_block": int, "top_k": int, "method": str}
 TEACHER = "ViT-L/14"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is timed. select_block, top_k: None takes the preset's. device: a name of torch's.
+    """What is timed. share, select_block, top_k: None takes the preset's. device: a name of torch's.
 
-    options: further options of the plug-in, names and values in turn as in a configuration file.
+    method: spotlighter, or at the same share of the operations tokens chosen at random, merging alone (as in ToMe), or
+        cuts at a quarter, a half and three quarters of the depth (as in EViT). options: further options of the plug-in,
+        names and values in turn as in a configuration file.
     """
 
     host: str = "coop"
@@ -43,8 +47,10 @@ class Setting:
     batch_size: int = 32
     classes: int = 1000
     preset: str = "default"
+    share: float | None = None
     select_block: int | None = None
     top_k: int | None = None
+    method: str = "spotlighter"
     device: str = "cpu"
     dtype: str = "fp32"
     runs: int = 10
@@ -55,6 +61,7 @@ class Setting:
         _one_of("host", self.host, HOSTS)
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("preset", self.preset, PRESETS)
+        _one_of("method", self.method, METHODS)
         for option in ("batch_size", "classes", "runs"):
             if getattr(self, option) < 1:
                 raise ValueError(f"{_flag(option)} is {getattr(self, option)}, must be at least 1")
@@ -62,14 +69,21 @@ class Setting:
 
     @property
     def config(self) -> SpotlighterConfig:
-        options = {"preset": self.preset, "select_block": self.select_block, "top_k": self.top_k}
+        options = {"preset": self.preset, "share": self.share, "select_block": self.select_block, "top_k": self.top_k}
+        options |= _options(self.options)
         with _own_flags():
-            return SpotlighterConfig(**options | _options(self.options))
+            if self.method == "random":
+                options["activation"] = "random"
+            ours = SpotlighterConfig(**options)
+            if self.method in ("spotlighter", "random"):
+                return ours
+            spent = counted(self.tower, ours.steps(self.tower)) / counted(self.tower)
+            placed = {"share": 0.0, "stages": (), "merge": 0} | rivals(spent, self.tower)[self.method]
+            return SpotlighterConfig(**options | placed)
 
     @property
     def tower(self) -> Tower:
-        shape = shape_of(self.backbone)
-        return Tower(shape.tokens, shape.layers, shape.width, shape.width // 64, shape.dim, shape.patch)
+        return accuracy.tower_of(self.backbone)
 
     @property
     def steps(self) -> list[Step]:
@@ -81,7 +95,7 @@ class Setting:
 class Bench:
     """One host and one Spotlighter per setting, all around the same model; every bank and memory is full.
 
-    settings: differ in preset, select_block and top_k only.
+    settings: differ in preset, share, select_block, top_k and method only.
     """
 
     def __init__(self, settings: list[Setting]):
@@ -116,14 +130,22 @@ class Bench:
         return wrapper
 
     @torch.no_grad()
-    def inference(self, upstream: bool = True, tick=lambda: None) -> list[dict]:
-        """A record per setting, with the keys that `--json` writes; those of upstream are None if it is not timed."""
-        text = self._kept_texts()
-        legs = {"upstream": lambda: upstream_logits(self.host, self.images)} if upstream else {}
-        legs["cached"] = lambda: logits_of(self.host, self.images, text)
-        legs |= {number: partial(wrapper, self.images) for number, wrapper in enumerate(self.wrappers)}
+    def inference(self, upstream: bool = True, compiled: bool = False, tick=lambda: None) -> list[dict]:
+        """A record per setting, with the keys that `--json` writes; None for what is not timed.
+
+        upstream: the host with texts on every batch, too. compiled: host and Spotlighter as one graph each, too.
+        """
+        text, images = self._kept_texts(), self.images
+        legs = {"upstream": lambda: upstream_logits(self.host, images)} if upstream else {}
+        legs["cached"] = lambda: logits_of(self.host, images, text)
+        legs |= {number: partial(_call, wrapper, images) for number, wrapper in enumerate(self.wrappers)}
+        eager = {name: work for name, work in legs.items() if name != "upstream"}
+        if compiled:
+            torch._dynamo.reset()
+            ours = [number for number, setting in enumerate(self.settings) if setting.method == "spotlighter"]
+            legs |= {(name, "compiled"): _compiled(eager[name]) for name in ("cached", *ours)}
         taken = alternate(legs, self.setting.runs, self.device, tick)
-        memory = {name: peak_memory(work, self.device) for name, work in legs.items() if name != "upstream"}
+        memory = {name: peak_memory(work, self.device) for name, work in eager.items()}
         rate = {name: self.setting.batch_size / median(times) for name, times in taken.items()}
         return [
             {
@@ -135,15 +157,25 @@ class Bench:
                 "speedup_over_cached_text": _ratio(taken["cached"], taken[number]),
                 "operations_ratio": counted(setting.tower, setting.steps) / counted(setting.tower),
                 "extra_parameters": wrapper.extra_parameter_count(),
+                "memory_mb": sum(kept.numel() * kept.element_size() for kept in wrapper.plugin.buffers()) / 1e6,
                 "peak_memory_mb_host": memory["cached"],
                 "peak_memory_mb_spotlighter": memory[number],
                 "runs": self.setting.runs,
+                "method": setting.method,
+                "images_per_second_host_compiled": rate.get(("cached", "compiled")),
+                "images_per_second_spotlighter_compiled": rate.get((number, "compiled")),
+                "speedup_compiled": (
+                    _ratio(taken["cached", "compiled"], taken[number, "compiled"])
+                    if (number, "compiled") in taken
+                    else None
+                ),
             }
             for number, (setting, wrapper) in enumerate(zip(self.settings, self.wrappers, strict=True))
         ]
 
     def training(self, tick=lambda: None) -> list[dict]:
-        """A record per setting: seconds and peak memory of a training step, host's and Spotlighter's."""
+        """A record per setting: seconds and peak memory of a training step, of the host with each text encoded alone,
+        of the host with the texts' common beginning encoded once for several, and of Spotlighter, which has it so."""
         legs = self._training_legs()
         taken = alternate(legs, self.setting.runs, self.device, tick)
         memory = {name: peak_memory(work, self.device) for name, work in legs.items()}
@@ -152,11 +184,15 @@ class Bench:
         return [
             {
                 **self._subject(number),
+                "seconds_per_step_host_texts_alone": median(taken["alone"]),
                 "seconds_per_step_host": median(taken["host"]),
                 "seconds_per_step_spotlighter": median(taken[number]),
+                "time_ratio_of_texts": _ratio(taken["host"], taken["alone"]),
                 "time_ratio": _ratio(taken[number], taken["host"]),
+                "peak_memory_mb_host_texts_alone": memory["alone"],
                 "peak_memory_mb_host": memory["host"],
                 "peak_memory_mb_spotlighter": memory[number],
+                "memory_ratio_of_texts": memory["host"] / memory["alone"],
                 "memory_ratio": memory[number] / memory["host"],
                 "runs": self.setting.runs,
             }
@@ -164,15 +200,19 @@ class Bench:
         ]
 
     def _training_legs(self):
-        legs = {"host": self._step(self._host_loss, self.wrappers[0])}
-        return legs | {
-            number: self._step(self._loss_of(wrapper), wrapper) for number, wrapper in enumerate(self.wrappers)
-        }
+        host = self._step(self._host_loss, self.wrappers[0])
+
+        def alone():
+            with texts_alone(self.host):
+                host()
+
+        steps = (self._step(self._loss_of(wrapper), wrapper) for wrapper in self.wrappers)
+        return {"alone": alone, "host": host, **dict(enumerate(steps))}
 
     def operations(self, train: bool = False) -> list[tuple[int, int]]:
         """The host's operations and Spotlighter's in one pass on kept texts, or in one training step, per setting."""
         if train:
-            host, *ours = (operations(step) for step in self._training_legs().values())
+            _, host, *ours = (operations(step) for step in self._training_legs().values())
         else:
             text = self._kept_texts()
             with torch.no_grad():
@@ -235,13 +275,8 @@ class Bench:
         }
 
 
-def arithmetic_limit(setting: Setting) -> float:
-    """Speed-up by blocks × tokens alone: L (N + 1) / (s (N + 1) + (L - s)(k + 1)), and so on for further steps."""
-    return sum(lengths(setting.tower)) / sum(lengths(setting.tower, setting.steps))
-
-
 def swept(options: dict, sweep: str = "") -> list[Setting]:
-    """The settings of `select_block=4,8,top_k=16,32`: all combinations, in the order of ``SWEPT``; one without a sweep.
+    """The settings of `share=0.5,0.8,batch_size=1,8`: all combinations, in the order of ``SWEPT``; one without a sweep.
 
     options: keyword arguments of ``Setting``.
     """
@@ -266,47 +301,61 @@ def write_json(records: list[dict], path: Path) -> None:
 
 
 def plot(records: list[dict], path: Path) -> None:
-    """Images/s against kept tokens, a line per block, with the host on cached text; PNG, SVG or PDF by the name."""
+    """Speed-up over the host with kept texts, against the share of its operations; PNG, SVG or PDF by the name."""
     from ..pictures.figures import figure
 
     with figure(path, 6, 4) as axes:
-        for block in sorted({record["select_block"] for record in records}):
-            points = sorted(
-                (r["top_k"], r["images_per_second_spotlighter"]) for r in records if r["select_block"] == block
-            )
-            axes.plot(*zip(*points, strict=True), marker="o", label=f"before block {block}")
-        axes.axhline(records[0]["images_per_second_host_cached_text"], color="grey", ls="--", label="host, cached text")
-        axes.set(xlabel="kept tokens k", ylabel="images/s", title=f"{records[0]['host']}, {records[0]['backbone']}")
-        axes.set_ylim(bottom=0)
+        for method, batch in dict.fromkeys((r["method"], r["batch_size"]) for r in records):
+            of_line = [r for r in records if (r["method"], r["batch_size"]) == (method, batch)]
+            points = sorted((r["operations_ratio"], r["speedup_over_cached_text"]) for r in of_line)
+            axes.plot(*zip(*points, strict=True), marker="o", label=f"{method}, batch {batch}")
+        shares = sorted({r["operations_ratio"] for r in records} | {1.0})
+        axes.plot(shares, [1 / share for share in shares], color="grey", ls="--", label="operations alone")
+        axes.set(xlabel="share of the host's operations", ylabel="speed-up over the host with kept texts")
+        axes.set_title(f"{records[0]['host']}, {records[0]['backbone']}")
         axes.legend()
 
 
 def inference_table(settings: list[Setting], records: list[dict]) -> Table:
-    """Records as people read them."""
-    table = Table("s", "k", "upstream", "cached", "ours", "/upstream", "/cached", "limit", "MB")
+    """Records of one batch size as people read them: a row for each way to run the host, and for each setting."""
+    host = records[0]
+    peak, kept = f"{host['peak_memory_mb_host']:.0f}", host["images_per_second_host_cached_text"]
+    table = Table("", "s", "k", "operations", "images/s", "/host", "peak MB", "right − host", "same", padding=0)
+    ways = ("as upstream", "", ""), ("texts kept", "_cached_text", peak), ("compiled", "_compiled", "")
+    for name, key, megabytes in ways:
+        rate = host[f"images_per_second_host{key}"]
+        if rate is not None:
+            table.add_row(f"host, {name}", "", "", "1.00", f"{rate:.1f}", f"×{rate / kept:.2f}", megabytes)
     for setting, r in zip(settings, records, strict=True):
+        known = r["accuracy_minus_host"] is not None
         table.add_row(
+            r["method"],
             *_cuts(setting),
-            _number(r["images_per_second_host"], ".1f"),
-            _number(r["images_per_second_host_cached_text"], ".1f"),
-            _number(r["images_per_second_spotlighter"], ".1f"),
-            _number(r["speedup"], ".3f", "×"),
-            _number(r["speedup_over_cached_text"], ".3f", "×"),
-            f"×{arithmetic_limit(setting):.3f}",
-            f"{r['peak_memory_mb_host']:.0f} → {r['peak_memory_mb_spotlighter']:.0f}",
+            f"{r['operations_ratio']:.2f}",
+            f"{r['images_per_second_spotlighter']:.1f}",
+            f"×{r['speedup_over_cached_text']:.2f}",
+            f"{r['peak_memory_mb_spotlighter']:.0f}",
+            "{accuracy_minus_host:+.1f} ({accuracy_low:+.1f} to {accuracy_high:+.1f})".format(**r) if known else "–",
+            f"{r['same_answers']:.1f} %" if known else "–",
         )
-    table.title = f"images/s: {_title(records[0])}"
-    table.caption = "upstream: texts encoded on every batch; cached: host with texts kept; limit: blocks × tokens"
+        if r["speedup_compiled"] is not None:
+            rate, ratio = r["images_per_second_spotlighter_compiled"], r["speedup_compiled"]
+            table.add_row("  compiled", "", "", "", f"{rate:.1f}", f"×{ratio:.2f}")
+    table.title = f"images/s: {_title(host)}"
+    table.caption = CAPTION.format(**host)
     return table
 
 
 def training_table(settings: list[Setting], records: list[dict]) -> Table:
-    table = Table("s", "k", "host s/step", "Spotlighter s/step", "time", "host MB", "Spotlighter MB", "memory")
+    """Records of training steps as people read them: seconds and MB, each as a share of the column before."""
+    table = Table("s", "k", "", "host, each text alone", "texts once per prefix", "with Spotlighter")
     for setting, r in zip(settings, records, strict=True):
-        numbers = r["seconds_per_step_host"], r["seconds_per_step_spotlighter"], r["time_ratio"]
-        memory = r["peak_memory_mb_host"], r["peak_memory_mb_spotlighter"], r["memory_ratio"]
-        row = "{:.3f} {:.3f} ×{:.3f} {:.0f} {:.0f} ×{:.3f}".format(*numbers, *memory).split()
-        table.add_row(*_cuts(setting), *row)
+        kinds = ("s", ".2f", "seconds_per_step", "time"), ("MB", ".0f", "peak_memory_mb", "memory")
+        for unit, form, key, ratio in kinds:
+            alone, host, own = (r[f"{key}_{leg}"] for leg in ("host_texts_alone", "host", "spotlighter"))
+            once, with_it = r[f"{ratio}_ratio_of_texts"], r[f"{ratio}_ratio"]
+            cuts = _cuts(setting) if unit == "s" else ["", ""]
+            table.add_row(*cuts, unit, f"{alone:{form}}", f"{host:{form}} ×{once:.3f}", f"{own:{form}} ×{with_it:.3f}")
     table.title = f"one training step: {_title(records[0])}"
     return table
 
@@ -330,6 +379,11 @@ def operations_table(settings: list[Setting], counted: list[tuple[int, int]]) ->
     return table
 
 
+CAPTION = (
+    "/host: over the host with kept texts, compiled over compiled; right, same: the same blocks and tokens (or share "
+    "of the operations) on the bundled tower, zero-shot, in points of accuracy with a 95 % interval, and answers that "
+    "are the host's; {memory_mb:.1f} MB kept for {classes} classes"
+)
 app = typer.Typer(add_completion=False)
 
 
@@ -341,15 +395,25 @@ def command(
     batch_size: Annotated[int, typer.Option()] = 32,
     classes: Annotated[int, typer.Option()] = 1000,
     preset: Annotated[str, typer.Option(help=", ".join(PRESETS))] = "default",
+    share: Annotated[
+        float | None, typer.Option(help="of the host's operations, in the place of s and k (default: preset's)")
+    ] = None,
     select_block: Annotated[
         int | None, typer.Option(help="s; negative counts from the end (default: preset's)")
     ] = None,
     top_k: Annotated[int | None, typer.Option(help="k (default: preset's)")] = None,
-    sweep: Annotated[str, typer.Option(help="e.g. select_block=4,8,11,top_k=16,32 or preset=default,paper")] = "",
+    sweep: Annotated[str, typer.Option(help="e.g. batch_size=1,8,share=0.5,0.8 or select_block=8,11,top_k=16")] = "",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 (default: cuda where there is one)")] = "",
     dtype: Annotated[str, typer.Option(help=", ".join(DTYPES))] = "fp32",
     runs: Annotated[int, typer.Option(help="rounds, after one that is not counted")] = 10,
     upstream: Annotated[bool, typer.Option(help="time the host with texts on every batch, too")] = True,
+    others: Annotated[
+        bool, typer.Option("--others", help=f"{', '.join(METHODS[1:])} at the same share of the operations, too")
+    ] = False,
+    compiled: Annotated[bool, typer.Option("--compiled", help="host and each row as one graph, too")] = False,
+    judged: Annotated[
+        bool, typer.Option("--accuracy", help="run on the bundled tower what results/ does not know: a minute a row")
+    ] = False,
     train: Annotated[bool, typer.Option("--train", help="a training step instead of inference")] = False,
     profile: Annotated[
         bool, typer.Option("--profile", help="also count operations and show where the time goes")
@@ -358,38 +422,61 @@ def command(
         str, typer.Option(help=f"PromptKD's teacher (default: {TEACHER}; bundled, custom: as student)")
     ] = "",
     json_file: Annotated[Path | None, typer.Option("--json", help="write the records")] = None,
-    plot_file: Annotated[Path | None, typer.Option("--plot", help="speed against kept tokens, .png or .svg")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="speed against operations, .png or .svg")] = None,
 ) -> None:
     """Time a host with and without Spotlighter, in turn, on random weights of the true architecture."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     given = {"host": host, "backbone": backbone, "batch_size": batch_size, "classes": classes, "preset": preset}
-    given |= {"select_block": select_block, "top_k": top_k, "device": device, "dtype": dtype, "runs": runs}
-    settings = swept({**given, "teacher": teacher, "options": tuple(options)}, sweep)
+    given |= {"share": share, "select_block": select_block, "top_k": top_k, "device": device, "dtype": dtype}
+    sweep = f"{sweep},method={','.join(METHODS)}".strip(",") if others else sweep
+    settings = swept({**given, "runs": runs, "teacher": teacher, "options": tuple(options)}, sweep)
     for flag, path in (("--json", json_file), ("--plot", plot_file)):
         if path is not None and not path.absolute().parent.is_dir():
             raise FileNotFoundError(f"{flag} {path}: the folder {path.absolute().parent} does not exist")
+    for flag, given in (("--plot", plot_file), ("--compiled", compiled), ("--accuracy", judged), ("--others", others)):
+        if train and given:
+            raise ValueError(f"{flag} shows images/s: leave out --train")
     if plot_file is not None:
-        if train:
-            raise ValueError("--plot shows images/s: leave out --train")
         from ..pictures.figures import check_path
 
         check_path("--plot", plot_file)
-    bench, errors = Bench(settings), Console(stderr=True)
-    with Progress(console=errors, transient=True) as bar:
-        legs = len(settings) + 1 + (upstream and not train)
-        task = bar.add_task(f"{host}, {backbone}", total=legs * (runs + 1))
-        tick = lambda: bar.advance(task)  # noqa: E731
-        records = bench.training(tick) if train else bench.inference(upstream, tick)
-    console = Console()
-    console.print((training_table if train else inference_table)(settings, records))
-    if profile:
-        console.print(operations_table(settings, bench.operations(train)))
+    console, records, kept = Console(), [], accuracy.read()
+    for size, group in itertools.groupby(settings, key=lambda setting: setting.batch_size):
+        group = list(group)
+        bench = Bench(group)
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            legs = len(group) + 2 if train else (len(group) + 1) * (1 + compiled) + upstream
+            task = bar.add_task(f"{host}, {backbone}, batch {size}", total=legs * (runs + 1))
+            tick = lambda task=task, bar=bar: bar.advance(task)  # noqa: E731
+            found = bench.training(tick) if train else bench.inference(upstream, compiled, tick)
         if not train:
-            console.print(profile_table(settings, bench.profile()))
-    if json_file is not None:
-        write_json(records, json_file)
+            found = [judge(kept, setting, record, judged) for setting, record in zip(group, found, strict=True)]
+        console.print((training_table if train else inference_table)(group, found))
+        if profile:
+            console.print(operations_table(group, bench.operations(train)))
+            if not train:
+                console.print(profile_table(group, bench.profile()))
+        records += found
+        if json_file is not None:
+            write_json(records, json_file)
     if plot_file is not None:
         plot(records, plot_file)
+
+
+def judge(kept: dict, setting: Setting, record: dict, run: bool = False) -> dict:
+    """The record with the accuracy of its configuration on the bundled tower; None where it is not known."""
+    row = accuracy.find(kept, setting.config, setting.tower, run)
+    keys = {"accuracy_minus_host": "minus_host", "accuracy_low": "low", "accuracy_high": "high", "same_answers": "same"}
+    return record | {key: row and getattr(row, name) for key, name in keys.items()}
+
+
+def _call(model, images):
+    return model(images)
+
+
+def _compiled(work):
+    made = torch.compile(lambda: work(), fullgraph=True, dynamic=False)
+    return lambda: made()
 
 
 def _ratio(slower: list[float], faster: list[float]) -> float:

@@ -1,6 +1,7 @@
 """Hosts with random weights on a CLIP of any shape, for `spotlighter bench`: speed does not depend on the values."""
 
 import re
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 
@@ -118,6 +119,18 @@ def upstream_logits(host: nn.Module, images: torch.Tensor) -> torch.Tensor:
     if owner is not host:
         logits_of(owner, images, text)
     return logits_of(host, images, text)
+
+
+@contextmanager
+def texts_alone(host: nn.Module) -> Iterator[None]:
+    """Let the host encode every text by itself, cut at the longest's end, as this repository did before texts shared
+    their beginning; upstream's code has all 77 positions beside."""
+    learner = text_owner(host).prompt_learner
+    shared, learner.shared = getattr(learner, "shared", 1), 1
+    try:
+        yield
+    finally:
+        learner.shared = shared
 
 
 @contextmanager
