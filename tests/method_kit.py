@@ -6,18 +6,19 @@ from random_clips import CLASS_NAMES, SIZE, random_clip
 
 import trainers.coop as coop
 from spotlighter_plugin.config import LOSSES, SpotlighterConfig
+from spotlighter_plugin.towers.clip import apply_precision
 from spotlighter_plugin.wrapper import SpotlighterWrapper
 
 N_TOKENS, WIDTH, DIM, HEADS, BLOCKS = 16, 128, 64, 2, 3
 MAPPINGS = ("none", "full", "linear+linear", "transformer+transformer", "transformer+linear")
 
 
-def coop_host(class_names=CLASS_NAMES, seed=0):
+def coop_host(class_names=CLASS_NAMES, seed=0, precision="fp32"):
     """CoOp on a random CLIP; the context vectors are the only trained parameters."""
     cfg = get_cfg_default()
     coop.extend_cfg(cfg)
     cfg.TRAINER.COOP.N_CTX = 2
-    clip_model = random_clip(seed).requires_grad_(False)
+    clip_model = apply_precision(random_clip(seed).requires_grad_(False), precision)
     torch.manual_seed(seed)
     return coop.CustomCLIP(cfg, list(class_names), clip_model)
 

@@ -9,10 +9,10 @@ import torch
 from method_kit import DIM, coop_host, some_images, train_a_little, wrap
 from random_clips import CLASS_NAMES, random_clip
 from torch.nn.parallel import replicate
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from spotlighter_plugin.config import SpotlighterConfig
 from spotlighter_plugin.hosts.promptkd import PromptKDAdapter
+from spotlighter_plugin.workbench.speed.stopwatch import Traffic
 from spotlighter_plugin.wrapper import SpotlighterWrapper
 
 SHOTS = [(some_images(6, seed=30), torch.arange(6))]
@@ -242,8 +242,10 @@ def test_options_that_do_nothing_are_named_once_where_the_host_is_wrapped():
 # ------------------------------------------------------------------------------------------------------- a steady batch
 
 
-WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique", "equal")
+PLACED = {"top_k": None, "select_block": None, "prototypes": None}
 WAYS = {
+    "default": {"preset": "default", **PLACED},
+    "three quarters of the operations": {"preset": "default", "share": 0.75, **PLACED},
     "two cuts": {"stages": ((1, 9),), "fuse_dropped": True},
     "merged, then cut": {"merge": 3, "select_block": 2, "top_k": 5, "fuse_dropped": True},
     "merged alone": {"merge": 3, "select_block": 2, "top_k": 16},
@@ -252,42 +254,60 @@ WAYS = {
 }
 
 
-class Waits(TorchDispatchMode):
-    """Notes operators whose result has to reach the host before it can go on."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        by_mask = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
-        if name.startswith(WAITS) or by_mask:
-            self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
-def steady(options):
-    wrapper = wrap(**options)
+def steady(options, precision="fp32"):
+    wrapper = wrap(coop_host(precision=precision), **options)
     train_a_little(wrapper, lr=0)
     wrapper.remember([(some_images(6), torch.arange(6))])
     with torch.no_grad():
         return wrapper, wrapper(some_images())
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
-def test_no_operator_of_a_steady_batch_waits_for_the_device(options):
-    wrapper, expected = steady(options)
-    with torch.no_grad(), Waits() as waits:
+def test_no_operator_of_a_steady_batch_waits_for_the_device(options, precision):
+    wrapper, expected = steady(options, precision)
+    with torch.no_grad(), Traffic() as traffic:
         logits = wrapper(some_images())
-    assert waits.seen == [] and torch.equal(logits, expected)
-    with Waits() as waits:
+    assert traffic.waits == [] and torch.equal(logits, expected)
+    with Traffic() as traffic:
         torch.ones(3)[torch.ones(3, dtype=torch.bool)].sum().item()
-    assert len(waits.seen) >= 2  # they would be noticed
+    assert len(traffic.waits) == 2  # they would be noticed
 
 
-def test_a_prepared_wrapper_is_one_graph_from_the_first_call_on():
-    wrapper = wrap(prototype_logits=True, **WAYS["merged, then cut"]).eval()
+def test_operators_are_counted_with_what_they_move_and_views_are_free():
+    a, b = torch.ones(3, 5), torch.ones(4, 5, dtype=torch.bfloat16)
+    with Traffic() as traffic:
+        (a @ b.t().float()).view(2, 6)[0].add_(1)
+        torch.empty(10)
+        a[:1].expand(7, 5) * 2
+    assert traffic.operators == 4
+    assert traffic.float32 == 4 * (20 + (15 + 20 + 12) + (6 + 6) + (5 + 35))
+    assert traffic.moved == traffic.float32 + 2 * 20
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_after_prepare_the_first_batch_asks_for_what_every_batch_does_in_half_precision(precision):
+    wrapper, _ = steady(WAYS["default"], precision)
+    asked = []
+    for prepare in (False, True):
+        wrapper.refresh()
+        if prepare:
+            wrapper.prepare()
+        for _ in range(2):
+            with torch.no_grad(), Traffic() as traffic:
+                wrapper(some_images())
+            asked.append((traffic.operators, traffic.moved))
+    first, later, prepared, last = asked
+    assert first > later == prepared == last
+    with torch.no_grad(), Traffic() as host:
+        wrapper.host(some_images())
+    assert traffic.float32 / traffic.moved < 1.5 * host.float32 / host.moved
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["default", "merged, then cut"])
+def test_a_prepared_wrapper_is_one_graph_from_the_first_call_on(name, precision):
+    wrapper = wrap(coop_host(precision=precision), **{"prototype_logits": True, **WAYS[name]}).eval()
     wrapper.remember([(some_images(18), torch.arange(18) % 6)])
     wrapper.prepare()
     compiled = torch.compile(wrapper, fullgraph=True, backend="aot_eager")

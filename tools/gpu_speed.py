@@ -2,10 +2,15 @@
 
     python tools/gpu_speed.py --json gpu.json                 # at most 150 seconds
     python tools/gpu_speed.py --tiny --json tiny.json         # the same on small shapes, on a CPU: a test of itself
+    python tools/gpu_speed.py --count --json count.json       # on no device: operators, bytes and waits of a batch
 
 The host is a CLIP tower of OpenAI's architecture with random weights and kept texts. It is run the same way as each of
 the others: Spotlighter at a share of its operations, the same schedule on random tokens, merging alone and EViT's
 schedule at the same share. A speed-up is over the host in the same mode. Needs torch and this package alone.
+
+--count runs on fake tensors, so that no GPU is needed: operators that read or write numbers (each at least a kernel),
+bytes that they move, and operators that wait for the device, of a batch of the host, of preset `paper`, and of each of
+the others in its first batch, where weights are folded, and in every later one.
 """
 
 import argparse
@@ -18,11 +23,13 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from spotlighter_plugin.config import SpotlighterConfig  # noqa: E402
 from spotlighter_plugin.hosts.base import HostAdapter  # noqa: E402
 from spotlighter_plugin.method.schedule import Tower, describe, operations, rivals  # noqa: E402
+from spotlighter_plugin.workbench.speed.stopwatch import Traffic  # noqa: E402
 from spotlighter_plugin.wrapper import SpotlighterWrapper  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -259,6 +266,43 @@ def measure(args):
     return records
 
 
+@torch.no_grad()
+def count(args):
+    """Records of every leg on fake tensors: the first batch and a later one."""
+    tower, classes, records = (TINY, 20, []) if args.tiny else (B16, args.classes, [])
+    for dtype in ("fp32", "fp16", "bf16"):
+        made = legs(tower, classes, DTYPES[dtype], "cpu", args.share, args.options)
+        made["paper"] = as_the_paper(made["host"][0], classes)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            images = torch.empty(args.batch_size, 3, *[made["host"][0].image_encoder.input_resolution] * 2)
+            for name, (model, share) in made.items():
+                for which in ("first", "later"):
+                    with Traffic() as traffic:
+                        model(images)
+                    numbers = {"operators": traffic.operators, "moved_mb": traffic.moved / 2**20}
+                    numbers |= {"float32_mb": traffic.float32 / 2**20, "waits": len(traffic.waits)}
+                    records.append(
+                        {
+                            "method": name, "batch": which, "dtype": dtype, "batch_size": args.batch_size,
+                            "classes": classes, "operations_ratio": share, **numbers,
+                        }
+                    )  # fmt: skip
+                    said = "{operators} operators, {moved_mb:.0f} MB ({float32_mb:.0f} in float32), {waits} waits"
+                    print(f"{dtype} {name}, {which} batch: {said.format(**numbers)}", flush=True)
+    write(records, args.json)
+    return records
+
+
+def as_the_paper(host, classes):
+    """Preset ``paper`` with a prototype in every place, and its share of the operations."""
+    config = SpotlighterConfig(preset="paper", top_k=min(32, len(host.image_encoder.positional_embedding) - 1))
+    wrapper = SpotlighterWrapper(host, config, Adapter(host), check=False).eval().requires_grad_(False)
+    bank, tower = wrapper.plugin.bank, wrapper.adapter.layout.tower(wrapper.adapter.dim)
+    bank.prototypes, bank.is_empty = torch.randn(classes, config.prototypes, tower.width), False
+    bank.filled = torch.ones(classes, config.prototypes, dtype=torch.bool)
+    return wrapper, operations(tower, wrapper.steps) / operations(tower)
+
+
 def write(records, path):
     aside = path.with_name(path.name + ".part")
     aside.write_text(json.dumps(records, indent=1) + "\n")
@@ -273,7 +317,10 @@ def main():
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--options", type=json.loads, default={}, help='Spotlighter\'s own, as JSON: {"top_k": 32, …}')
     parser.add_argument("--tiny", action="store_true", help="small shapes on a CPU")
-    measure(parser.parse_args())
+    parser.add_argument("--count", action="store_true", help="count on fake tensors, time nothing")
+    parser.add_argument("--batch-size", type=int, default=32, help="of --count")
+    args = parser.parse_args()
+    (count if args.count else measure)(args)
 
 
 if __name__ == "__main__":

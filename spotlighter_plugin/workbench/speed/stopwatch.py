@@ -1,10 +1,13 @@
-"""Time and memory of a piece of work on a device, and where in a Spotlighter pass the time goes."""
+"""Time, memory and operators of a piece of work on a device, and where in a Spotlighter pass the time goes."""
 
+import math
 import os
 import time
 from contextlib import contextmanager
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...method.selector import Selector
@@ -13,6 +16,8 @@ STAGES = ("stem and blocks before s", "scoring", "selection", "blocks from s on"
 OUTSIDE = ("scoring", "selection", "text and logits")
 """The stages outside the tower's own blocks."""
 MEGABYTE = 2**20
+FREE = ("empty", "_unsafe_view", "detach", "alias", "sym_")
+WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique", "equal")
 
 
 def clock(device: torch.device) -> float:
@@ -78,6 +83,42 @@ def operations(work) -> int:
     with FlopCounterMode(display=False) as counter:
         work()
     return counter.get_total_flops()
+
+
+class Traffic(TorchDispatchMode):
+    """Counts what a piece of work asks of a device, fake tensors included: views and allocations are free.
+
+    Attributes:
+        operators: calls of operators that read or write numbers; fused attention is one. Each is at least a kernel.
+        moved, float32: bytes that they read and write, and those of float32 among them.
+        waits: operators whose result has to reach the host before it can go on, by name.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.operators = self.moved = self.float32 = 0
+        self.waits: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        by_mask = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if name.startswith(WAITS) or by_mask:
+            self.waits.append(str(func))
+        result = func(*args, **(kwargs or {}))
+        aliases = [given.alias_info for given in func._schema.returns]
+        is_view = any(alias is not None and not alias.is_write for alias in aliases)
+        if not is_view and func.namespace != "prim" and not name.startswith(FREE):
+            tensors = [each for each in tree_leaves((args, kwargs, result)) if isinstance(each, torch.Tensor)]
+            self.operators += 1
+            self.moved += sum(map(_bytes, tensors))
+            self.float32 += sum(_bytes(each) for each in tensors if each.dtype == torch.float32)
+        return result
+
+
+def _bytes(tensor):
+    """Those that are there: what is expanded is read once."""
+    there = [size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride]
+    return math.prod(there) * tensor.element_size()
 
 
 def stages(wrapper, images, runs: int, device: torch.device) -> dict[str, float]:
