@@ -73,6 +73,8 @@ def test_a_training_step_is_timed_and_trains_host_and_plug_in(host):
     assert any((b != a).any() for b, a in zip(before, after, strict=True))
     (record,) = made.training()
     assert all(record[f"{what}_ratio{of}"] > 0 for what in ("time", "memory") for of in ("", "_of_texts"))
+    (record,) = made.training(alone=False)
+    assert record["time_ratio_of_texts"] is None and record["time_ratio"] > 0
     assert not made.wrappers[0].training
 
 
@@ -172,7 +174,7 @@ def test_texts_once_per_prefix_are_timed_beside_each_text_alone_and_are_the_same
     owner = text_owner(made.host)
     encoder = getattr(owner, "text_encoder", None) or owner.prompt_learner.text_encoder
     encoder.transformer.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[:2].numel()))
-    legs = made._training_legs()
+    legs = made._training_legs(True)
     for name in ("alone", "host"):
         legs[name]()
         gradients[name] = [p.grad.clone() for p in made.host.parameters() if p.grad is not None]
@@ -224,10 +226,12 @@ def test_what_is_not_known_is_run_on_request(monkeypatch):
     ids = [("val", c, 0, 0) for c in range(4)]
     monkeypatch.setattr(accuracy, "scenes", lambda: (torch.randn(4, 3, 112, 112), [c for _, c, *_ in ids]))
     kept = {"labels": [], "answers": {}, "shares": {}}
-    setting = bench.Setting(select_block=2, top_k=20)
-    record = bench.judge(kept, setting, {}, run=True)
-    assert 0 <= record["same_answers"] <= 100 and len(kept["answers"]) == 2
-    assert kept["shares"][list(kept["answers"])[1]] < 0.4
+    for dtype in ("fp32", "bf16"):
+        setting = bench.Setting(select_block=2, top_k=20, dtype=dtype)
+        assert bench.judge(kept, setting, {})["same_answers"] is None
+        assert 0 <= bench.judge(kept, setting, {}, run=True)["same_answers"] <= 100
+    host, single, half = kept["answers"]
+    assert host == "host" and half == f"{single}, bf16" and kept["shares"][single] < 0.4
 
 
 def test_compiled_rows_are_the_host_and_ours(monkeypatch):

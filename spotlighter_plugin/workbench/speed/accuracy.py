@@ -5,7 +5,7 @@
 Schedules: selection by CLS's attention before block s, the same with random tokens, merging alone, EViT's three cuts,
 merging before selecting, and what `spotlighter bench` times on a ViT-B/16, which has as many blocks and tokens. Each is
 run on the same validation drawings of all classes, and compared with the host scene by scene. What is in --out is not
-run again; --show runs nothing.
+run again; --show runs nothing. With --dtype, rows in half precision stand beside, compared with the host in fp32.
 """
 
 import json
@@ -24,9 +24,9 @@ from rich.table import Table
 from ... import SpotlighterConfig, SpotlighterWrapper
 from ...compat import ROOT
 from ...method.schedule import Step, Tower, operations, rivals
-from ...towers.clip import load_clip
+from ...towers.clip import apply_precision, load_clip
 from ..training.settings import import_trainers_and_datasets
-from .bench_hosts import shape_of
+from .bench_hosts import DTYPES, shape_of
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 PLAIN = {"mapping": "none", "losses": (), "prototype_logits": False, "activation": "attention"}
@@ -116,19 +116,25 @@ def read(path: Path = FILE) -> dict:
     return json.loads(path.read_text()) if path.exists() else {"labels": [], "answers": {}, "shares": {}}
 
 
-def find(kept: dict, config: SpotlighterConfig, tower: Tower, run: bool = False) -> Row | None:
-    """The accuracy of a configuration made for ``tower``; None if it is not among ``kept`` and not to be run, or if
-    the bundled tower cannot run it. What is run is added to ``kept``."""
+def find(kept: dict, config: SpotlighterConfig, tower: Tower, dtype: str = "fp32", run: bool = False) -> Row | None:
+    """The accuracy of a configuration made for ``tower``, beside the host in fp32; None if it is not among ``kept`` and
+    not to be run, or if the bundled tower cannot run it. What is run is added to ``kept``."""
     options = on_bundled(config, tower)
     if options is None:
         return None
-    name = next((name for name, way in ways().items() if name in kept["answers"] and way == way_of(options)), "")
+    same = (named(name, dtype) for name, way in ways().items() if way == way_of(options))
+    name = next((name for name in same if name in kept["answers"]), "")
     if not name and run:
-        name = str(options)
-        for each, given in (("host", None), (name, options)):
+        name = named(str(options), dtype)
+        for each, *given in (("host", None, "fp32"), (name, options, dtype)):
             if each not in kept["answers"]:
-                add(kept, each, given)
+                add(kept, each, *given)
     return row(kept, name) if name else None
+
+
+def named(schedule: str, dtype: str) -> str:
+    """A schedule's row in a precision."""
+    return schedule if dtype == "fp32" else f"{schedule}, {dtype}"
 
 
 def config_of(options: dict) -> SpotlighterConfig:
@@ -160,7 +166,7 @@ def scenes(domains: str = DOMAINS, each: int = 1) -> tuple[torch.Tensor, list[in
 
 
 @torch.no_grad()
-def add(kept: dict, name: str, options: dict | None, backbone: str = "tiny", given: tuple | None = None) -> None:
+def add(kept, name, options: dict | None, dtype: str = "fp32", backbone: str = "tiny", given=None) -> None:
     """Run one schedule, the host's own if None, and keep the class of each scene and the share of operations.
 
     given: other ``scenes``.
@@ -169,7 +175,8 @@ def add(kept: dict, name: str, options: dict | None, backbone: str = "tiny", giv
     from datasets import icon_scenes
 
     options = options or {"select_block": BUNDLED.blocks - 1, "top_k": BUNDLED.tokens}
-    wrapper = SpotlighterWrapper(load_clip(backbone), config_of(options), class_names=icon_scenes.concepts()).eval()
+    model = apply_precision(load_clip(backbone), dtype)
+    wrapper = SpotlighterWrapper(model, config_of(options), class_names=icon_scenes.concepts()).eval()
     tower = wrapper.adapter.layout.tower(wrapper.adapter.dim)
     kept["answers"][name] = torch.cat([wrapper(few).argmax(1) for few in images.split(50)]).tolist()
     kept["shares"][name] = operations(tower, wrapper.steps) / operations(tower)
@@ -194,7 +201,11 @@ def draw(found: list[Row], path: Path) -> None:
     with figure(path, 9, 4, ncols=2) as both:
         for axes, column, label in zip(both, ("right", "same"), ("right, %", "host's answer, %"), strict=True):
             for kind, mark in kinds.items():
-                points = sorted((row.share, getattr(row, column)) for row in found if row.name.startswith(kind))
+                points = sorted(
+                    (row.share, getattr(row, column))
+                    for row in found
+                    if row.name.startswith(kind) and not row.name.endswith(DTYPES)
+                )
                 axes.plot(*zip(*points, strict=True), "-" if mark in "s^" else "", marker=mark, label=kind)
             axes.axhline(next(getattr(row, column) for row in found if row.name == "host"), color="black", lw=0.8)
             axes.set(xlabel="share of the host's operations", ylabel=label)
@@ -206,13 +217,16 @@ def main(
     picture: Annotated[Path | None, typer.Option(help="PNG, SVG or PDF to draw")] = None,
     show: Annotated[bool, typer.Option("--show", help="run nothing")] = False,
     backbone: Annotated[str, typer.Option(help="bundled tower or file")] = "tiny",
+    dtype: Annotated[str, typer.Option(help=", ".join(DTYPES))] = "fp32",
+    only: Annotated[str, typer.Option(help="run schedules that have this in their names")] = "",
     domains: Annotated[str, typer.Option(help="domains of the scenes")] = DOMAINS,
     each: Annotated[int, typer.Option(help="scenes of each validation drawing and domain")] = 1,
 ) -> None:
     kept = read(out)
-    for name, options in () if show else track({"host": None, **schedules()}.items(), "schedules"):
-        if name not in kept["answers"]:
-            add(kept, name, options, backbone, scenes(domains, each))
+    asked = {"host": None, **{name: options for name, options in schedules().items() if only in name}}
+    for name, options in () if show else track(asked.items(), "schedules"):
+        if named(name, dtype) not in kept["answers"]:
+            add(kept, named(name, dtype), options, dtype, backbone, scenes(domains, each))
             aside = out.with_suffix(".part")
             aside.write_text(json.dumps(kept))
             os.replace(aside, out)

@@ -173,10 +173,11 @@ class Bench:
             for number, (setting, wrapper) in enumerate(zip(self.settings, self.wrappers, strict=True))
         ]
 
-    def training(self, tick=lambda: None) -> list[dict]:
-        """A record per setting: seconds and peak memory of a training step, of the host with each text encoded alone,
-        of the host with the texts' common beginning encoded once for several, and of Spotlighter, which has it so."""
-        legs = self._training_legs()
+    def training(self, alone: bool = True, tick=lambda: None) -> list[dict]:
+        """A record per setting: seconds and peak memory of a training step, of the host with each text encoded alone
+        (None if not ``alone``), of the host with the texts' common beginning encoded once for several, and of
+        Spotlighter, which has it so, too."""
+        legs = self._training_legs(alone)
         taken = alternate(legs, self.setting.runs, self.device, tick)
         memory = {name: peak_memory(work, self.device) for name, work in legs.items()}
         for wrapper in self.wrappers:
@@ -184,35 +185,35 @@ class Bench:
         return [
             {
                 **self._subject(number),
-                "seconds_per_step_host_texts_alone": median(taken["alone"]),
+                "seconds_per_step_host_texts_alone": median(taken["alone"]) if alone else None,
                 "seconds_per_step_host": median(taken["host"]),
                 "seconds_per_step_spotlighter": median(taken[number]),
-                "time_ratio_of_texts": _ratio(taken["host"], taken["alone"]),
+                "time_ratio_of_texts": _ratio(taken["host"], taken["alone"]) if alone else None,
                 "time_ratio": _ratio(taken[number], taken["host"]),
-                "peak_memory_mb_host_texts_alone": memory["alone"],
+                "peak_memory_mb_host_texts_alone": memory.get("alone"),
                 "peak_memory_mb_host": memory["host"],
                 "peak_memory_mb_spotlighter": memory[number],
-                "memory_ratio_of_texts": memory["host"] / memory["alone"],
+                "memory_ratio_of_texts": memory["host"] / memory["alone"] if alone else None,
                 "memory_ratio": memory[number] / memory["host"],
                 "runs": self.setting.runs,
             }
             for number in range(len(self.wrappers))
         ]
 
-    def _training_legs(self):
+    def _training_legs(self, alone):
         host = self._step(self._host_loss, self.wrappers[0])
 
-        def alone():
+        def with_texts_alone():
             with texts_alone(self.host):
                 host()
 
         steps = (self._step(self._loss_of(wrapper), wrapper) for wrapper in self.wrappers)
-        return {"alone": alone, "host": host, **dict(enumerate(steps))}
+        return ({"alone": with_texts_alone} if alone else {}) | {"host": host, **dict(enumerate(steps))}
 
     def operations(self, train: bool = False) -> list[tuple[int, int]]:
         """The host's operations and Spotlighter's in one pass on kept texts, or in one training step, per setting."""
         if train:
-            _, host, *ours = (operations(step) for step in self._training_legs().values())
+            host, *ours = (operations(step) for step in self._training_legs(False).values())
         else:
             text = self._kept_texts()
             with torch.no_grad():
@@ -355,7 +356,8 @@ def training_table(settings: list[Setting], records: list[dict]) -> Table:
             alone, host, own = (r[f"{key}_{leg}"] for leg in ("host_texts_alone", "host", "spotlighter"))
             once, with_it = r[f"{ratio}_ratio_of_texts"], r[f"{ratio}_ratio"]
             cuts = _cuts(setting) if unit == "s" else ["", ""]
-            table.add_row(*cuts, unit, f"{alone:{form}}", f"{host:{form}} ×{once:.3f}", f"{own:{form}} ×{with_it:.3f}")
+            shared = f"{host:{form}}" if alone is None else f"{host:{form}} ×{once:.3f}"
+            table.add_row(*cuts, unit, _number(alone, form), shared, f"{own:{form}} ×{with_it:.3f}")
     table.title = f"one training step: {_title(records[0])}"
     return table
 
@@ -406,7 +408,9 @@ def command(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 (default: cuda where there is one)")] = "",
     dtype: Annotated[str, typer.Option(help=", ".join(DTYPES))] = "fp32",
     runs: Annotated[int, typer.Option(help="rounds, after one that is not counted")] = 10,
-    upstream: Annotated[bool, typer.Option(help="time the host with texts on every batch, too")] = True,
+    upstream: Annotated[
+        bool, typer.Option(help="time the host with texts on every batch, too; in training, with each text alone")
+    ] = True,
     others: Annotated[
         bool, typer.Option("--others", help=f"{', '.join(METHODS[1:])} at the same share of the operations, too")
     ] = False,
@@ -445,10 +449,10 @@ def command(
         group = list(group)
         bench = Bench(group)
         with Progress(console=Console(stderr=True), transient=True) as bar:
-            legs = len(group) + 2 if train else (len(group) + 1) * (1 + compiled) + upstream
+            legs = (len(group) + 1) * (1 + compiled) + upstream
             task = bar.add_task(f"{host}, {backbone}, batch {size}", total=legs * (runs + 1))
             tick = lambda task=task, bar=bar: bar.advance(task)  # noqa: E731
-            found = bench.training(tick) if train else bench.inference(upstream, compiled, tick)
+            found = bench.training(upstream, tick) if train else bench.inference(upstream, compiled, tick)
         if not train:
             found = [judge(kept, setting, record, judged) for setting, record in zip(group, found, strict=True)]
         console.print((training_table if train else inference_table)(group, found))
@@ -465,7 +469,7 @@ def command(
 
 def judge(kept: dict, setting: Setting, record: dict, run: bool = False) -> dict:
     """The record with the accuracy of its configuration on the bundled tower; None where it is not known."""
-    row = accuracy.find(kept, setting.config, setting.tower, run)
+    row = accuracy.find(kept, setting.config, setting.tower, setting.dtype, run)
     keys = {"accuracy_minus_host": "minus_host", "accuracy_low": "low", "accuracy_high": "high", "same_answers": "same"}
     return record | {key: row and getattr(row, name) for key, name in keys.items()}
 
