@@ -17,13 +17,22 @@ from .layout import Gaze
 class Plan(NamedTuple):
     """Which of a sequence's S positions are merged, S' = S - r. What stays keeps its order.
 
-    kept: (B, S'), positions before that go on, ascending; gone: (B, r), positions before that join another;
-    into: (B, r), the position afterwards, in 0…S'-1, of the token that each of ``gone`` joins.
+    order: (B, S), positions before: those that go on, ascending, then the r that join another;
+    into: (B, r), the position afterwards, in 0…S'-1, of the token that each of the latter joins.
     """
 
-    kept: Tensor
-    gone: Tensor
+    order: Tensor
     into: Tensor
+
+    @property
+    def kept(self) -> Tensor:
+        """(B, S'), positions before that go on, ascending."""
+        return self.order[:, : self.order.shape[1] - self.into.shape[1]]
+
+    @property
+    def gone(self) -> Tensor:
+        """(B, r), positions before that join another."""
+        return self.order[:, self.order.shape[1] - self.into.shape[1] :]
 
 
 def keys_of(hidden: Tensor, gaze: Gaze) -> Tensor:
@@ -49,12 +58,12 @@ def match(keys: Tensor, r: int, protected: tuple[int, int] = (1, 0)) -> Plan:
     unit = F.normalize(keys[:, front : length - back], dim=-1, eps=torch.finfo(keys.dtype).tiny)
     similarity, partner = (unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)).max(-1)  # (B, A)
     merged = similarity.sort(dim=-1, descending=True, stable=True).indices[:, :r]  # (B, r), places in A
-    gone = front + 2 * merged
+    before = torch.arange(length, device=keys.device)
+    gone = before[front : length - back : 2][merged]
     stays = keys.new_ones(batch, length, dtype=torch.bool).scatter(1, gone, False)
-    place = stays.cumsum(1) - 1  # (B, S), the position afterwards of what stays
-    before = torch.arange(length, device=keys.device).expand(batch, -1)
-    kept = before.new_zeros(batch, length - r + 1).scatter(1, place.masked_fill(~stays, length - r), before)[:, :-1]
-    return Plan(kept, gone, place.gather(1, front + 1 + 2 * partner.gather(1, merged)))
+    place = (stays.cumsum(1) - 1).scatter(1, gone, before[length - r :].expand(batch, -1))  # (B, S), in ``order``
+    order = torch.empty_like(place).scatter_(1, place, before.expand(batch, -1))
+    return Plan(order, place[:, front + 1 : length - back : 2].gather(1, partner.gather(1, merged)))
 
 
 def merge(hidden: Tensor, sizes: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -67,15 +76,17 @@ def merge(hidden: Tensor, sizes: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     Returns:
         The shorter sequence (S', B, w) and its sizes (B, S').
     """
-    kept = _rows(plan.kept, hidden)
-    merged = hidden.flatten(0, 1).index_select(0, kept)  # (S'·B, w)
-    leaving = sizes.gather(1, plan.gone)  # (B, r)
-    sizes = sizes.gather(1, plan.kept).scatter_add(1, plan.into, leaving)  # (B, S')
+    (batch, r), length = plan.into.shape, len(hidden)
+    rows = torch.cat([plan.order, plan.into], dim=1).T  # (S+r, B), positions in a sequence
+    rows = torch.add(torch.arange(batch, device=rows.device), rows, alpha=batch).reshape(-1)  # in hidden.flatten(0, 1)
+    order, into = rows.split([length * batch, r * batch])
+    kept, gone = hidden.flatten(0, 1).index_select(0, order).split([(length - r) * batch, r * batch])
+    staying, leaving = sizes.gather(1, plan.order).split([length - r, r], dim=1)  # (B, S'), (B, r)
+    sizes = staying.scatter_add(1, plan.into, leaving)  # (B, S')
     # (Σ_i s_i x_i + s x)/(Σ_i s_i + s) = x + Σ_i (x_i - x) s_i/(Σ_i s_i + s)
     share = (leaving / sizes.gather(1, plan.into)).T.reshape(-1, 1).to(hidden.dtype)  # (r·B, 1)
-    into = _rows(plan.into, hidden)
-    away = hidden.flatten(0, 1).index_select(0, _rows(plan.gone, hidden)) - merged.index_select(0, into)
-    return merged.index_add(0, into, away * share).unflatten(0, (-1, hidden.shape[1])), sizes
+    away = (gone - kept.index_select(0, into)) * share
+    return kept.index_add(0, into, away).unflatten(0, (-1, batch)), sizes
 
 
 def follow(places: Tensor, plan: Plan) -> Tensor:
@@ -110,9 +121,3 @@ def whereabouts(trail: list[Plan | Tensor], n_tokens: int, lead: int) -> tuple[T
             of_patch = torch.where(of_patch < 0, of_patch, now.gather(1, of_patch.clamp(min=0)))
             place = place.gather(1, step)
     return place, of_patch
-
-
-def _rows(index: Tensor, hidden: Tensor) -> Tensor:
-    """Rows of hidden.flatten(0, 1) at positions (B, n) of each sequence, position by position: (n·B,)."""
-    batch = hidden.shape[1]
-    return (index.T * batch + torch.arange(batch, device=index.device)).reshape(-1)

@@ -21,10 +21,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from ... import SpotlighterConfig, SpotlighterWrapper
 from ...compat import ROOT
+from ...config import SpotlighterConfig
 from ...method.schedule import Step, Tower, operations, rivals
 from ...towers.clip import apply_precision, load_clip
+from ...wrapper import SpotlighterWrapper
 from ..training.settings import import_trainers_and_datasets
 from .bench_hosts import DTYPES, shape_of
 
