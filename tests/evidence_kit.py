@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+import method_kit
 import numpy as np
-import random_clips
 from dassl.data.datasets import DATASET_REGISTRY, DatasetBase, Datum
 from PIL import Image
 
@@ -46,8 +46,8 @@ class TilesDark(Tiles):
 
 def write_family(folder, monkeypatch) -> list[str]:
     """Configuration files of Tiles and TilesDark on a random CLIP."""
-    monkeypatch.setattr(random_clips, "SIZE", SIZE)
-    weights = random_clips.save_random_clip(folder / "clip.safetensors", vision=64)
+    monkeypatch.setattr(method_kit, "SIZE", SIZE)
+    weights = method_kit.save_random_clip(folder / "clip.safetensors", vision=64)
     files = []
     for name in ("Tiles", "TilesDark"):
         files.append(str(folder / f"{name}.yaml"))

@@ -6,8 +6,8 @@ import torch
 from dassl.config import get_cfg_default
 from dassl.data.datasets import DATASET_REGISTRY, DatasetBase, Datum
 from dassl.engine import build_trainer
+from method_kit import CLASS_NAMES, SIZE, save_random_clip
 from PIL import Image
-from random_clips import CLASS_NAMES, SIZE, save_random_clip
 
 from spotlighter_plugin import config
 

@@ -1,16 +1,36 @@
-"""What the tests of the method share: a small random host and a wrapper around it."""
+"""What the tests share: small CLIPs with random weights, a host on one of them and a wrapper around it."""
 
 import torch
+from clip.model import CLIP
 from dassl.config import get_cfg_default
-from random_clips import CLASS_NAMES, SIZE, random_clip
 
 import trainers.coop as coop
 from spotlighter_plugin.config import LOSSES, SpotlighterConfig
-from spotlighter_plugin.towers.clip import apply_precision
+from spotlighter_plugin.towers.clip import apply_precision, save_compact, tokenize
 from spotlighter_plugin.wrapper import SpotlighterWrapper
 
+CLASS_NAMES = ["red", "green", "blue", "yellow", "dark grey", "sea shell"]
+SIZE = 32  # pixels: 16 patches of 8
 N_TOKENS, WIDTH, DIM, HEADS, BLOCKS = 16, 128, 64, 2, 3
 MAPPINGS = ("none", "full", "linear+linear", "transformer+transformer", "transformer+linear")
+
+
+def random_clip(seed=0, embed=64, vision=128, text=64, layers=3):
+    """A CLIP of OpenAI's architecture with random weights, as load_clip would return it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = CLIP(embed, SIZE, layers, vision, 8, 77, 49408, text, text // 64, layers)
+        for name, parameter in model.named_parameters():  # OpenAI's initial biases are zero, and blocks start alike
+            if name.endswith("bias"):
+                torch.nn.init.normal_(parameter, std=0.02)
+    return model.float().eval()
+
+
+def save_random_clip(path, **shape):
+    """Write a random CLIP as compact safetensors (a whole vocabulary would be 13 MB); returns the path."""
+    rows = tokenize([f"a photo of a {name}, X." for name in CLASS_NAMES]).unique().long()
+    save_compact(random_clip(**shape).state_dict(), path, {"recipe": "random"}, rows)
+    return str(path)
 
 
 def coop_host(class_names=CLASS_NAMES, seed=0, precision="fp32"):

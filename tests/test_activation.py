@@ -4,8 +4,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from method_kit import N_TOKENS, WIDTH
-from random_clips import random_clip
+from method_kit import N_TOKENS, WIDTH, random_clip
 
 from spotlighter_plugin.method.activation import (
     attention_score,

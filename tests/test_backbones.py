@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from clip.model import CLIP
-from random_clips import random_clip
+from method_kit import random_clip
 from safetensors.torch import save_file
 from towers_kit import transformers_model
 

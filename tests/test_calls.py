@@ -6,8 +6,7 @@ import threading
 
 import pytest
 import torch
-from method_kit import DIM, coop_host, some_images, train_a_little, wrap
-from random_clips import CLASS_NAMES, random_clip
+from method_kit import CLASS_NAMES, DIM, coop_host, random_clip, some_images, train_a_little, wrap
 from torch.nn.parallel import replicate
 
 from spotlighter_plugin.config import SpotlighterConfig

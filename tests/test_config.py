@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from method_kit import BLOCKS, DIM, HEADS, N_TOKENS, WIDTH, some_images
-from random_clips import random_clip
+from method_kit import BLOCKS, DIM, HEADS, N_TOKENS, WIDTH, random_clip, some_images
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from yacs.config import CfgNode
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from hosts_kit import batch_of, make_trainer, train_teacher
-from random_clips import CLASS_NAMES, SIZE, random_clip
+from method_kit import CLASS_NAMES, SIZE, random_clip
 
 from spotlighter_plugin import SpotlighterConfig, SpotlighterWrapper
 from spotlighter_plugin.method.memory import ClassMemory

@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-from method_kit import HEADS, N_TOKENS, some_images, train_a_little, wrap
-from random_clips import random_clip
+from method_kit import HEADS, N_TOKENS, random_clip, some_images, train_a_little, wrap
 
 from spotlighter_plugin.config import SpotlighterConfig
 from spotlighter_plugin.method import activation, losses

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from hosts_kit import batch_of, losses_over, make_trainer
-from random_clips import CLASS_NAMES, random_clip
+from method_kit import CLASS_NAMES, random_clip
 
 from spotlighter_plugin.towers.clip import encode_prompts, load_clip, tokenize
 from spotlighter_plugin.towers.prompts import PromptLearner, normalize

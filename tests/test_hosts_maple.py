@@ -3,7 +3,7 @@
 import pytest
 import torch
 from hosts_kit import batch_of, make_trainer
-from random_clips import random_clip
+from method_kit import random_clip
 
 from spotlighter_plugin.hosts import adapter_for
 from spotlighter_plugin.hosts.maple import MaPLeAdapter

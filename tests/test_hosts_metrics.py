@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hosts_kit import losses_over, make_trainer
-from random_clips import save_random_clip
+from method_kit import save_random_clip
 from scenes_kit import fewer_scenes
 
 from spotlighter_plugin.workbench.training.experiment import Laboratory, Method

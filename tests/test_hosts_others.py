@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hosts_kit import batch_of, make_trainer
-from random_clips import CLASS_NAMES
+from method_kit import CLASS_NAMES
 
 from spotlighter_plugin.hosts import adapter_for
 from spotlighter_plugin.towers.clip import encode_prompts, encode_tokens, load_clip

@@ -4,7 +4,7 @@ PromptSRC, which trains the teacher: its regularisers, its ensemble over the epo
 import pytest
 import torch
 from hosts_kit import batch_of, losses_over, make_trainer
-from random_clips import save_random_clip
+from method_kit import save_random_clip
 
 from spotlighter_plugin.hosts import adapter_for
 from spotlighter_plugin.hosts.promptkd import classes_of_split, distillation_loss

@@ -3,8 +3,7 @@
 import pytest
 import torch
 import towers_kit
-from method_kit import N_TOKENS, some_images
-from random_clips import CLASS_NAMES
+from method_kit import CLASS_NAMES, N_TOKENS, some_images
 from towers_kit import LAYOUTS, BetweenLikeMMRL, Host, MaskedByPlace, Miniature, SeveralLikePLOT, WithLoRA
 
 from spotlighter_plugin import SpotlighterConfig, SpotlighterWrapper

@@ -4,9 +4,8 @@ import clip
 import pytest
 import torch
 import torch.nn.functional as F
-from method_kit import random_clip
+from method_kit import CLASS_NAMES, random_clip
 from PIL import Image
-from random_clips import CLASS_NAMES
 from towers_kit import HAS, open_clip_model, transformers_model
 
 from spotlighter_plugin import SpotlighterConfig, SpotlighterWrapper

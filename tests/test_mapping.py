@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from method_kit import DIM, HEADS, MAPPINGS, WIDTH
-from random_clips import random_clip
+from method_kit import DIM, HEADS, MAPPINGS, WIDTH, random_clip
 
 from spotlighter_plugin.config import SpotlighterConfig
 from spotlighter_plugin.method import losses

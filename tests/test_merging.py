@@ -8,8 +8,7 @@ import torch
 from dassl.config import get_cfg_default
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from method_kit import CLASS_NAMES, N_TOKENS, WIDTH, coop_host, some_images, train_a_little, wrap
-from random_clips import random_clip
+from method_kit import CLASS_NAMES, N_TOKENS, WIDTH, coop_host, random_clip, some_images, train_a_little, wrap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from towers_kit import LAYOUTS, BatchFirst, Host, WithLoRA
 

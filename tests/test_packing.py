@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from dassl.config import get_cfg_default
-from random_clips import random_clip
+from method_kit import random_clip
 from torch import nn
 
 import trainers.clipfit as clipfit

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from method_kit import random_clip, save_random_clip
 from PIL import Image
-from random_clips import random_clip, save_random_clip
 from scenes_kit import class_folders
 from towers_kit import HAS, transformers_model
 

@@ -4,8 +4,7 @@ import json
 
 import pytest
 import torch
-from method_kit import coop_host, some_images, train_a_little, wrap
-from random_clips import CLASS_NAMES
+from method_kit import CLASS_NAMES, coop_host, some_images, train_a_little, wrap
 
 from spotlighter_plugin import SpotlighterWrapper
 

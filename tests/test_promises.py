@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from hosts_kit import batch_of, losses_over, make_trainer, train_teacher
-from method_kit import some_images
-from random_clips import CLASS_NAMES, random_clip
+from method_kit import CLASS_NAMES, random_clip, some_images
 from torch.nn import functional as F
 
 from spotlighter_plugin import SpotlighterConfig, SpotlighterWrapper

@@ -11,9 +11,8 @@ import torch
 from clip.clip import _transform
 from clip.model import CLIP
 from hosts_kit import make_trainer
-from method_kit import random_clip
+from method_kit import CLASS_NAMES, SIZE, random_clip
 from PIL import Image
-from random_clips import CLASS_NAMES, SIZE
 
 from datasets import icon_scenes
 from spotlighter_plugin import SpotlighterWrapper, cli

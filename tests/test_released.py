@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from random_clips import CLASS_NAMES, SIZE, random_clip
+from method_kit import CLASS_NAMES, SIZE, random_clip
 from yacs.config import CfgNode
 
 from spotlighter_plugin.workbench.training.settings import import_trainers_and_datasets

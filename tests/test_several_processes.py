@@ -34,7 +34,7 @@ RUNS = {
 
 def prepare(folder):
     """The files of a data set of six colours, 24 pictures to train on, and a tower."""
-    from random_clips import save_random_clip
+    from method_kit import save_random_clip
 
     (folder / "data").mkdir()
     (folder / "squares.yaml").write_text("DATASET:\n  NAME: DamagedSquares\nINPUT:\n  SIZE: (32, 32)\n")
@@ -127,7 +127,7 @@ def states(folder):
 
 def remembered(state):
     """What a memory says of some images: it may turn its coordinates."""
-    from random_clips import CLASS_NAMES
+    from method_kit import CLASS_NAMES
 
     state = {name.removeprefix("memory."): value for (_, name), value in state.items() if name.startswith("memory.")}
     dim = len(state["centre"])

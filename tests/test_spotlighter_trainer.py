@@ -4,7 +4,7 @@ import pytest
 import torch
 from dassl.engine import build_trainer
 from hosts_kit import losses_over, make_cfg, make_trainer
-from random_clips import CLASS_NAMES
+from method_kit import CLASS_NAMES
 
 import trainers.coop as coop_module
 from spotlighter_plugin import config
@@ -120,7 +120,7 @@ def test_a_wrong_option_stops_the_trainer_with_one_line(tmp_path, options, optio
 
 
 def test_a_checkpoint_of_another_backbones_width_is_one_clear_line(tmp_path, options):
-    from random_clips import save_random_clip
+    from method_kit import save_random_clip
 
     trainer = spotlighter(tmp_path, options)
     trainer.train()

@@ -5,8 +5,7 @@ from functools import partial
 import pytest
 import torch
 from clip.model import CLIP
-from method_kit import BLOCKS, N_TOKENS, WIDTH, some_images
-from random_clips import random_clip
+from method_kit import BLOCKS, N_TOKENS, WIDTH, random_clip, some_images
 from torch import nn
 
 from spotlighter_plugin.method.layout import layout_of

@@ -6,9 +6,8 @@ import hosts_kit
 import numpy as np
 import pytest
 import torch
-from method_kit import some_images, wrap
+from method_kit import CLASS_NAMES, save_random_clip, some_images, wrap
 from PIL import Image
-from random_clips import CLASS_NAMES, save_random_clip
 
 from spotlighter_plugin import cli
 from spotlighter_plugin.workbench.pictures import figures, visualize

@@ -8,8 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from clip.model import CLIP
-from method_kit import BLOCKS, DIM, MAPPINGS, N_TOKENS, coop_host, some_images, train_a_little, wrap
-from random_clips import CLASS_NAMES
+from method_kit import BLOCKS, CLASS_NAMES, DIM, MAPPINGS, N_TOKENS, coop_host, some_images, train_a_little, wrap
 
 from spotlighter_plugin.config import ACTIVATIONS, LOSSES, PRESETS, SpotlighterConfig
 from spotlighter_plugin.hosts import adapter_for

@@ -3,8 +3,7 @@
 import importlib.util
 
 import torch
-from method_kit import WIDTH
-from random_clips import CLASS_NAMES, SIZE, random_clip
+from method_kit import CLASS_NAMES, SIZE, WIDTH, random_clip
 from torch import nn
 
 HAS = {name: importlib.util.find_spec(name) is not None for name in ("open_clip", "transformers")}
