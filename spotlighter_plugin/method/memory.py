@@ -276,7 +276,9 @@ def weigh(
     parts = min(PARTS, int(place.max()) + 1) if len(place) else 0
     if not judged or len(classes) < 2 or parts < 3:
         why = "guessed labels" if not judged else "one class" if len(classes) < 2 else "fewer than three shots a class"
-        return Choice(shares[-1], dampings[len(dampings) // 2], UNJUDGED, UNJUDGED, float("nan"), float("nan"), why)
+        beside_unknown = UNJUDGED if place.any() else UNJUDGED / 4  # of one shot nobody knows by what images differ
+        fixed = shares[-1], dampings[len(dampings) // 2], beside_unknown, UNJUDGED
+        return Choice(*fixed, float("nan"), float("nan"), why)
     generator = torch.Generator().manual_seed(0)
     grid = list(product(shares, dampings, WEIGHTS))
     right = images.new_zeros(PARTITIONS, 3, len(grid))  # accuracy on known, unknown, known among known
