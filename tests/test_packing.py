@@ -117,7 +117,7 @@ def test_each_position_sees_the_beginning_and_its_own_text_up_to_itself():
                 [*range(5), *(77 * text + p for p in range(5, position + 1))] if position >= 5 else range(position + 1)
             )
             assert sorted(column[seen].tolist()) == sorted(expected)
-    assert packing.unpack(packing.pack(x))[:, 0].tolist() == (torch.arange(9) * 77 + ids.argmax(-1)).tolist()
+    assert packing.unpack(packing.pack(x))[0, :, 0].tolist() == (torch.arange(9) * 77 + ids.argmax(-1)).tolist()
 
 
 class TheirEncoder(nn.Module):

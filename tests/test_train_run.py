@@ -302,4 +302,4 @@ def test_an_assertion_without_words_names_the_place():
     with pytest.raises(AssertionError) as caught:
         require()
     caught.value.args = ()
-    assert training.one_line(caught.value).startswith("test_train_settings.py:")
+    assert training.one_line(caught.value).startswith("test_train_run.py:")
