@@ -274,6 +274,7 @@ class SpotlighterWrapper(Pretrained, nn.Module):
     def _encode(self, adapter, batch: Selector) -> Tensor:
         """One pass through the tower: v before normalization, (B, d)."""
         with self.stream.selecting(*batch.choices(), layout=batch.layout) as tower:
+            tower.goes_back = "kl_visual" in batch.wants
             image, batch.own_logits = adapter.classify(batch.images)
             image = batch.image(image, tower)
         if not torch.compiler.is_compiling():  # for readers alone

@@ -1,5 +1,6 @@
 """The benchmark: what it times, what it writes, and what it says to bad input."""
 
+import itertools
 import json
 import time
 from functools import partial
@@ -191,6 +192,20 @@ def test_other_methods_spend_the_share_of_operations_that_ours_does(share):
     assert all(step.merges or step.left == step.tokens for step in merging)
     assert [step.block for step in evit] == [3, 6, 9] and not any(step.merges for step in evit)
     assert settings[1].config.activation == "random" != settings[0].config.activation
+
+
+def test_the_accuracy_beside_a_speed_is_that_of_the_same_blocks_and_tokens():
+    kept = accuracy.read()
+    for method, share in itertools.product(bench.METHODS, (0.5, 0.8)):
+        setting = bench.Setting(share=share, method=method)
+        row = accuracy.find(kept, setting.config, setting.tower)
+        options = accuracy.schedules()[row.name]
+        assert accuracy.config_of(options).steps(accuracy.BUNDLED) == setting.steps
+        assert row.share == pytest.approx(share, abs=0.03) and row.low <= row.minus_host <= row.high
+        record = bench.judge(kept, setting, {})
+        assert list(record) == JUDGED and record["same_answers"] == row.same
+    early = bench.Setting(select_block=4, top_k=32)
+    assert accuracy.find(kept, early.config, early.tower).name == "select, s = 4, k = 32"
 
 
 @pytest.mark.parametrize("given", [{"select_block": 5, "top_k": 33}, {"preset": "paper"}])

@@ -133,6 +133,7 @@ class Pass:
         self.bias: Tensor | None = None
         self.output: Tensor | None = None
         self.is_choosing = False
+        self.goes_back = True  # whether ``whole`` may be asked for; until then the first sequence is held
         self._came = {}  # what each block before which tokens were replaced was called with
 
     def enter(self, index: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -145,7 +146,8 @@ class Pass:
         hidden = self._turned(hidden, self.n_prompts)
         if self.sizes is not None:  # prompts that a block has put in since then
             self.sizes = F.pad(self.sizes, (0, len(hidden) - self.sizes.shape[1]), value=1.0)
-        self._came[index] = args, kwargs
+        if index == self.stream.blocks[-1] or (index == self.stream.blocks[0] and self.goes_back):
+            self._came[index] = args, kwargs
         self.is_choosing = True
         try:
             hidden = self.choices[index](self, hidden)

@@ -84,7 +84,8 @@ def schedules() -> dict[str, dict]:
     for share in SHARES:
         found[f"merge, then select, {share}"] = {"share": share}
     for share in TIMED:
-        ours, others = as_options(SpotlighterConfig(share=share).steps(timed)), rivals(share, timed)
+        steps = SpotlighterConfig(share=share).steps(timed)
+        ours, others = as_options(steps), rivals(operations(timed, steps) / operations(timed), timed)
         ways = {"merge, then select": ours, "random": ours | {"activation": "random"}}
         ways |= {"merge, r": others["merging"], "EViT": others["evit"]}
         found |= {f"{name}, as a ViT-B/16 at {share}": way for name, way in ways.items()}
@@ -207,7 +208,8 @@ def draw(found: list[Row], path: Path) -> None:
                     for row in found
                     if row.name.startswith(kind) and not row.name.endswith(DTYPES)
                 )
-                axes.plot(*zip(*points, strict=True), "-" if mark in "s^" else "", marker=mark, label=kind)
+                line = "-" if mark in "s^" else "none"
+                axes.plot(*zip(*points, strict=True), ls=line, marker=mark, label=kind.removesuffix(", r"))
             axes.axhline(next(getattr(row, column) for row in found if row.name == "host"), color="black", lw=0.8)
             axes.set(xlabel="share of the host's operations", ylabel=label)
         axes.legend()
