@@ -98,6 +98,7 @@ def setup_cfg(args, modules=()) -> CfgNode:
         if hasattr(module, "extend_cfg"):
             module.extend_cfg(cfg)
 
+    defaults = flat(cfg)
     if args.dataset_config_file:
         _merge_file(cfg, "--dataset-config-file", args.dataset_config_file)
     default = config_folder(ROOT, args.trainer) / "default.yaml"
@@ -107,6 +108,9 @@ def setup_cfg(args, modules=()) -> CfgNode:
         _merge_file(cfg, "--config-file", default)
     _merge_flags(cfg, args)
     _merge_options(cfg, args.opts)
+    for key, value in flat(cfg).items():  # yacs takes None for anything
+        if value is None and defaults.get(key) is not None:
+            raise ValueError(f"{key} is None, must be a value such as {defaults[key]!r}")
     _check(cfg)
     if cfg.OUTPUT_DIR == get_cfg_default().OUTPUT_DIR:
         cfg.OUTPUT_DIR = _default_output(cfg, args.eval_only)
