@@ -107,6 +107,10 @@ def read_split(path, image_dir):
     parts = [unpack(split[part], image_dir, path) for part in ("train", "val", "test")]
     one_name_a_label([row for rows in parts for row in rows], path)
     kept = tuple([row for row in rows if is_picture(row.impath)] for rows in parts)
+    shown = {row.label for row in parts[0]}
+    for row in (*parts[1], *parts[2]):
+        if shown and row.label not in shown:
+            raise ValueError(f"{path}: no row of train has label {row.label}, which {row.impath} has")
     if left := sum(map(len, parts)) - sum(map(len, kept)):
         print(f"Left out {left} rows of {path} that name no picture")
     return kept

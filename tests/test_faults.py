@@ -277,6 +277,15 @@ def test_two_classes_may_have_one_name_but_no_class_two(tmp_path):
         common.one_name_a_label([*rows, common.Row("c.jpg", 0, "bird")], "x")
 
 
+def test_a_class_that_is_tested_and_never_taught_is_one_line(tmp_path):
+    path = write_split(tmp_path)
+    split = json.loads(path.read_text())
+    split["val"][0][1] = 99
+    path.write_text(json.dumps(split))
+    with pytest.raises(ValueError, match=r"json: no row of train has label 99, which .* has"):
+        load(tmp_path)
+
+
 def test_a_split_nested_too_deep_is_one_line(tmp_path):
     path = write_split(tmp_path)
     path.write_text("[" * 100_000)
