@@ -110,7 +110,7 @@ def read_split(path, image_dir):
     shown = {row.label for row in parts[0]}
     for row in (*parts[1], *parts[2]):
         if shown and row.label not in shown:
-            raise ValueError(f"{path}: no row of train has label {row.label}, which {row.impath} has")
+            raise ValueError(f"{path}: class {row.classname!r} has no training image with its label {row.label}")
     if left := sum(map(len, parts)) - sum(map(len, kept)):
         print(f"Left out {left} rows of {path} that name no picture")
     return kept
