@@ -308,10 +308,8 @@ def weigh(
     lightest = as_good & (weights == weights[as_good].min())
     chosen = int(torch.where(lightest, mean, -1).argmax())
     judged_by = f"half of {len(order)} classes and a part of the shots left out, {PARTITIONS} times"
-    alike = slice(chosen // len(WEIGHTS) * len(WEIGHTS), (chosen // len(WEIGHTS) + 1) * len(WEIGHTS))  # the same texts
-    return Choice(
-        *grid[chosen], WEIGHTS[int(closed[alike].argmax())], mean[chosen].item(), mean[0].item(), judged_by
-    )  # fmt: skip
+    alone = WEIGHTS[int(closed.view(-1, len(WEIGHTS))[chosen // len(WEIGHTS)].argmax())]  # of the same texts
+    return Choice(*grid[chosen], alone, mean[chosen].item(), mean[0].item(), judged_by)
 
 
 def _judge(images, rows, learns, tests, known, texts, ensemble, scale, own, grid) -> Tensor:

@@ -17,6 +17,7 @@ from clip import clip as openai_clip
 from clip.model import CLIP, VisionTransformer, convert_weights
 
 from ..compat import openai_clip_model
+from ..files import write_aside
 from .packing import Packing, common_prefix
 
 build_model = openai_clip_model().build_model
@@ -178,10 +179,8 @@ def save_compact(
         tensors = {k: v.half() if v.is_floating_point() and v.dim() else v for k, v in tensors.items()}
     tensors["token_embedding.rows"] = rows.cpu().long()
     tensors = {key: value.contiguous() for key, value in tensors.items()}
-    path = Path(path)
-    aside = path.with_name(path.name + ".part")
-    safetensors.torch.save_file(tensors, aside, metadata={key: str(value) for key, value in metadata.items()})
-    os.replace(aside, path)
+    content = safetensors.torch.save(tensors, {key: str(value) for key, value in metadata.items()})
+    write_aside(path, lambda file: file.write(content), "path")
 
 
 def _locate(name: str) -> Path:

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import os
 import statistics
 import tempfile
 from functools import partial
@@ -13,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ..files import write_aside
 from .progress import Steps
 from .speed.stopwatch import alternate
 from .training.experiment import Laboratory, Method
@@ -69,9 +69,7 @@ def run(root: str = "data", seed: int = 1, output: Path = Path("output/demo"), q
     console.print(
         "base, new: accuracy in % on classes with and without shots; HM: their harmonic mean.", highlight=False
     )
-    aside = output / "table.json.part"
-    aside.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, output / "table.json")
+    write_aside(output / "table.json", lambda file: file.write(f"{json.dumps(rows, indent=1)}\n".encode()))
     console.print(f"results: {output / 'table.json'}, logs beside it. Next:", highlight=False)
     for command in NEXT:
         console.print(f"  {command}", highlight=False, soft_wrap=True)

@@ -10,11 +10,12 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from ...files import write_aside
 from ...towers.clip import encode_prompts, load_clip
 from . import heads
 from .hosts import LOOKS, PICTURES, TEACHER, Host, Kind, View, train
 from .judge import Answers, Exam, answers_of, figures
-from .tasks import FrozenTower, Scenes, Task, configuration, written_aside
+from .tasks import FrozenTower, Scenes, Task, configuration
 
 
 class Fitted(Protocol):
@@ -72,6 +73,7 @@ class Cell:
         self.kind, self.dataset, self.seed, self.root = kind, dataset, seed, root
         self.task, self.tower, self.folder, self.first = task, tower, folder, first or self
         self._texts, self._filed, self._means = {}, {}, {}
+        folder.mkdir(parents=True, exist_ok=True)
         self._name = f"{tower.fingerprint}-{tower.dataset}" + (f"-{shots}shots" if shots != 16 else "")
 
     @cached_property
@@ -96,8 +98,8 @@ class Cell:
         if not kept.exists():
             view = View(self.tower, PICTURES)
             host = train(task, view, name, self.dataset, self.seed, self.root, options, keeps_tower=False)
-            with written_aside(kept) as aside:
-                torch.save({"state_dict": host.state, "epoch": options["OPTIM.MAX_EPOCH"]}, aside)
+            state = {"state_dict": host.state, "epoch": options["OPTIM.MAX_EPOCH"]}
+            write_aside(kept, lambda file: torch.save(state, file), "folder")
         backbone = configuration(self.dataset, self.seed, self.root).MODEL.BACKBONE.NAME
         return {"TRAINER.PROMPTKD.TEACHER_CHECKPOINT": kept, "TRAINER.PROMPTKD.TEACHER_NAME": backbone}
 
@@ -119,8 +121,7 @@ class Cell:
         if written.get("grid") != list(grid):
             means = [first.means(make(first, first.mini, setting))[0] for setting in grid]
             written = {"grid": list(grid), "means": means}
-            with written_aside(kept) as aside:
-                aside.write_text(json.dumps(written))
+            write_aside(kept, lambda file: file.write(json.dumps(written).encode()), "folder")
         best = grid[written["means"].index(max(written["means"]))]
         return best, make(self, self.task, best)
 

@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from ...compat import ROOT
+from ...files import write_aside
 from ..sweeps.plan import ICONS
 from ..sweeps.sweep import ListOptions
 from ..training.settings import import_trainers_and_datasets
@@ -17,7 +18,7 @@ from .rows import rows as every_row
 from .run import Laboratory
 from .table import records
 from .table import show as print_tables
-from .tasks import configuration, written_aside
+from .tasks import configuration
 
 FOLDER = Path("output/evidence")  # what saves time in another run
 
@@ -71,8 +72,8 @@ def command(
     if missing := [row for row in listed if row not in complete]:
         console.print(f"Not there yet on every data set with every seed: {', '.join(missing)}")
     if json_file:
-        with written_aside(json_file) as aside:
-            aside.write_text(json.dumps(found, indent=1) + "\n")
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        write_aside(json_file, lambda file: file.write(f"{json.dumps(found, indent=1)}\n".encode()), "--json")
     console.print(f"Finished rows are in {path}; spotlighter evidence --host {host} --show prints them again")
 
 

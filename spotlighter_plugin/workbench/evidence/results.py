@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ...files import write_aside
 from .judge import Answers, Exam
-from .tasks import written_aside
 
 
 @dataclass(frozen=True, order=True)
@@ -77,8 +77,8 @@ class Results:
         packed = [np.packbits(np.concatenate([a.own, a.one])) for a in self.answers.values()]
         labels = {f"labels of {name}": exam.labels.astype(np.uint16) for name, exam in self.exams.items()}
         text = np.frombuffer(json.dumps(index).encode(), np.uint8)
-        with written_aside(self.path) as aside, open(aside, "wb") as file:
-            np.savez_compressed(file, index=text, answers=np.concatenate(packed), **labels)
+        parts = {"index": text, "answers": np.concatenate(packed), **labels}
+        write_aside(self.path, lambda file: np.savez_compressed(file, **parts), "--results")
 
     @contextmanager
     def _locked(self):

@@ -45,10 +45,6 @@ def records(
     return found
 
 
-def _mean(every) -> dict[str, float]:
-    return {name: float(np.mean([row[name] for row in every])) for name in FIGURES}
-
-
 def _differences(results: Results, keys: dict, ours: str, found: list) -> list:
     cells = [key for every in keys.values() for key in every]
     drawn = resampled([results.answers[key] for key in cells], [results.exams[key.dataset] for key in cells])

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import io
 import math
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from dassl.utils import read_image
 from torch import Tensor
 from yacs.config import CfgNode
 
+from ...files import write_aside
 from ...towers.clip import load_clip
 from ..training.settings import import_trainers_and_datasets, parse, setup_cfg
 
@@ -194,26 +194,9 @@ class FrozenTower:
     def _write(self, way: str) -> None:
         known = self._known[way]
         prints = np.frombuffer(b"".join(known), dtype=np.uint8).reshape(len(known), -1)
-        with written_aside(self._file(way)) as aside, open(aside, "wb") as file:
-            np.savez(file, prints=prints, features=np.stack(list(known.values())))
-
-
-class written_aside:
-    """``with written_aside(path) as aside``: what is written there takes the path's place once it is whole."""
-
-    def __init__(self, path: Path):
-        self.path = Path(path)
-        self.aside = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-
-    def __enter__(self) -> Path:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        return self.aside
-
-    def __exit__(self, kind, error, trace) -> None:
-        if kind is None:
-            os.replace(self.aside, self.path)
-        else:
-            self.aside.unlink(missing_ok=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        features = np.stack(list(known.values()))
+        write_aside(self._file(way), lambda file: np.savez(file, prints=prints, features=features), "folder")
 
 
 def chunks(paths: list[str]) -> Iterator[list[str]]:

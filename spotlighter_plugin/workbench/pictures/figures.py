@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ...files import write_aside
+
 FORMATS = (".png", ".svg", ".pdf")
 
 
@@ -26,9 +28,8 @@ def figure(path: Path, width: float, height: float, **subplots) -> Iterator:
     drawing, axes = _matplotlib().subplots(figsize=(width, height), layout="constrained", **subplots)
     try:
         yield axes
-        aside = path.with_name(path.name + ".part")
-        drawing.savefig(aside, format=path.suffix.lower().lstrip("."), dpi=150)
-        os.replace(aside, path)
+        kind = path.suffix.lower().lstrip(".")
+        write_aside(path, lambda file: drawing.savefig(file, format=kind, dpi=150), "file")
     finally:
         _matplotlib().close(drawing)
 

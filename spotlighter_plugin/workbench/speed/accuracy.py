@@ -9,7 +9,6 @@ run again; --show runs nothing. With --dtype, rows in half precision stand besid
 """
 
 import json
-import os
 from functools import cache
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -23,6 +22,7 @@ from rich.table import Table
 
 from ...compat import ROOT
 from ...config import SpotlighterConfig
+from ...files import write_aside
 from ...method.schedule import Step, Tower, operations, rivals
 from ...towers.clip import apply_precision, load_clip
 from ...wrapper import SpotlighterWrapper
@@ -230,9 +230,7 @@ def main(
     for name, options in () if show else track(asked.items(), "schedules"):
         if named(name, dtype) not in kept["answers"]:
             add(kept, named(name, dtype), options, dtype, backbone, scenes(domains, each))
-            aside = out.with_suffix(".part")
-            aside.write_text(json.dumps(kept))
-            os.replace(aside, out)
+            write_aside(out, lambda file: file.write(json.dumps(kept).encode()), "--out")
     found = [row(kept, name) for name in kept["answers"]]
     table = Table("schedule", "operations", "right", "minus host", "95 %", "same answer")
     for name, share, right, minus, low, high, same in sorted(found, key=lambda row: row.share):

@@ -3,7 +3,6 @@
 import ast
 import itertools
 import json
-import os
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -19,6 +18,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ...config import PRESETS, SpotlighterConfig
+from ...files import write_aside
 from ...method.schedule import Step, Tower, groups, rivals
 from ...method.schedule import operations as counted
 from ...towers.clip import BUNDLED
@@ -294,11 +294,9 @@ def swept(options: dict, sweep: str = "") -> list[Setting]:
 
 
 def write_json(records: list[dict], path: Path) -> None:
-    """One record as an object, several as a list; written aside, then renamed."""
+    """One record as an object, several as a list."""
     content = records[0] if len(records) == 1 else records
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(aside, path)
+    write_aside(path, lambda file: file.write(f"{json.dumps(content, indent=2)}\n".encode()), "--json")
 
 
 def plot(records: list[dict], path: Path) -> None:
