@@ -4,6 +4,7 @@ Files and draws are interchangeable with CoOp's: the same `split_zhou_*.json`, t
 pickled caches are read through an unpickler that can build nothing but Dassl's `Datum`. What is written here is JSON.
 """
 
+import io
 import json
 import math
 import os
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 from dassl.data.datasets import Datum
 
-from spotlighter_plugin.files import is_picture, regular, write_aside
+from spotlighter_plugin.files import Unpickler, is_picture, regular, write_aside
 
 
 class Row(NamedTuple):
@@ -146,8 +147,8 @@ class _DatumsAlone:
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
-class _Careful(_DatumsAlone, pickle._Unpickler):
-    """Python's own keeps its memo in a dictionary, so that a small file cannot ask for terabytes."""
+class _Careful(_DatumsAlone, Unpickler):
+    pass
 
 
 class _Fast(_DatumsAlone, pickle.Unpickler):
@@ -162,7 +163,8 @@ def read_pickled(path, folder):
     """
     try:
         with open(regular(path), "rb") as file:
-            content = (_Careful if os.path.getsize(path) < 2**25 else _Fast)(file).load()
+            small = os.path.getsize(path) < 2**25
+            content = (_Careful(io.BytesIO(file.read())) if small else _Fast(file)).load()
         name = os.path.basename(folder)
         parts = {}
         for part, items in content.items():

@@ -13,49 +13,41 @@ MOST = 10**9  # of whole numbers
 PLACING = ("select_block", "top_k", "stages", "merge")  # what ``share`` stands for
 LOSSES = ("gra", "gra_low", "gra_high", "reg_text", "kl_visual", "local")
 
-# One row per option, one dictionary per preset. An option that is left at None takes its preset's value.
+# An option that is left at None takes its preset's value; what ``default`` does not name is as in ``paper``.
+PAPER = {
+    "top_k": 32,
+    "prototypes": 4,
+    "select_block": -1,
+    "alpha": 0.2,
+    "beta": 0.8,
+    "lambda1": 0.02,
+    "lambda2": 20.0,
+    "lambda3": 0.1,
+    "mapping": "full",
+    "levels": "1+2",
+    "activation": "lens",
+    "semantic_activation": True,
+    "recalculate": True,
+    "prototypes_in": "sequence",
+    "prototype_logits": False,
+    "losses": ("gra", "reg_text", "kl_visual", "local"),
+    "stages": (),
+    "merge": 0,
+    "share": 0.0,
+    "fuse_dropped": False,
+}
 PRESETS = {
-    "paper": {
-        "top_k": 32,
-        "prototypes": 4,
-        "select_block": -1,
-        "alpha": 0.2,
-        "beta": 0.8,
-        "lambda1": 0.02,
-        "lambda2": 20.0,
-        "lambda3": 0.1,
-        "mapping": "full",
-        "levels": "1+2",
-        "activation": "lens",
-        "semantic_activation": True,
-        "recalculate": True,
-        "prototypes_in": "sequence",
-        "prototype_logits": False,
-        "losses": ("gra", "reg_text", "kl_visual", "local"),
-        "stages": (),
-        "merge": 0,
-        "share": 0.0,
-        "fuse_dropped": False,
-    },
+    "paper": PAPER,
     "default": {
+        **PAPER,
         "top_k": 48,
-        "prototypes": 4,
-        "select_block": -1,
-        "alpha": 0.2,
-        "beta": 0.8,
-        "lambda1": 0.02,
-        "lambda2": 20.0,
-        "lambda3": 0.1,
         "mapping": "none",
-        "levels": "1+2",
         "activation": "attention",
         "semantic_activation": False,
         "recalculate": False,
         "prototypes_in": "none",
         "prototype_logits": True,
-        "losses": ("reg_text", "kl_visual"),
-        "stages": (),
-        "merge": 0,
+        "losses": (),
         "share": 0.8,
         "fuse_dropped": True,
     },
@@ -105,8 +97,8 @@ class SpotlighterConfig:
     """Add what the memory of the classes' training images says, weighed by classes and shots left out
     (``SpotlighterWrapper.remember``)."""
     losses: tuple[str, ...] | None = None
-    """Auxiliary losses of Eq. 15 in use: names among ``LOSSES``; L_cls is always there. ``gra`` is ``gra_low``, level 2
-    alone, and ``gra_high``, level 1 alone."""
+    """Auxiliary losses of Eq. 15 in use: names among ``LOSSES``; L_cls is always there, in ``default`` alone.
+    ``gra`` is ``gra_low``, level 2 alone, and ``gra_high``, level 1 alone."""
     stages: tuple[tuple[int, int | float], ...] | None = None
     """Earlier cuts on the way to ``select_block`` and ``top_k``: pairs (block, tokens kept), blocks as in
     ``select_block``. ``((3, 64),)`` keeps 64 tokens before block 3, by the sample-wise score there; ``((3, 0.5),)``

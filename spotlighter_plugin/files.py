@@ -3,6 +3,7 @@
 import errno
 import glob
 import os
+import pickle
 import platform
 import re
 import stat
@@ -171,6 +172,12 @@ def refuse_deleted(path) -> None:
 
 
 # -- read ------------------------------------------------------------------------------------------------------
+
+
+class Unpickler(pickle._Unpickler):
+    """Python's own keeps its memo in a dictionary, and this one makes no bytearrays: few bytes cannot ask for many."""
+
+    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]}
 
 
 def regular(path) -> str | Path:

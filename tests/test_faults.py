@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import dassl_kit
@@ -575,13 +576,18 @@ def test_a_file_that_is_no_checkpoint_is_one_line(content, tmp_path):
 def test_a_checkpoint_that_asks_for_terabytes_is_one_line(tmp_path):
     huge = b"\x80\x04" + b"\x8e" + (2**45).to_bytes(8, "little") + b"x."  # BINBYTES8
     place = b"\x80\x02]r\xff\xff\xff\x7f."  # LONG_BINPUT 2^31-1
-    for number, content in enumerate((huge, place)):
+    array = b"\x80\x05" + b"\x96" + (2**28).to_bytes(8, "little") + b"x."  # BYTEARRAY8
+    for number, content in enumerate((huge, place, array)):
         path = tmp_path / f"{number}"
         path.write_bytes(content)
+        tracemalloc.start()
         with pytest.raises(ValueError, match=f"{path} is no"):
             utils.load_checkpoint(str(path))
         with pytest.raises(ValueError, match=f"{path} is not a cache"):
             common.read_pickled(str(path), str(tmp_path))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 2**24
 
 
 class Runs:

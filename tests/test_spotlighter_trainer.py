@@ -49,11 +49,9 @@ def test_the_count_of_added_parameters_is_printed(tmp_path, options, capsys):
 
 
 def test_losses_that_reach_nothing_are_named_once(tmp_path, options, capsys):
-    trainer = spotlighter(tmp_path, options, S + "MAPPING", "none", S + "PROTOTYPE_LOGITS", False)
+    trainer = spotlighter(tmp_path, options, S + "PROTOTYPE_LOGITS", False, S + "LOSSES", "kl_visual")
     trainer.train()
-    assert (
-        capsys.readouterr().out.count("Left out, because nothing that is trained changes them: kl_visual") == 1
-    )
+    assert capsys.readouterr().out.count("Left out, because nothing that is trained changes them: kl_visual") == 1
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "amp"])
@@ -92,7 +90,7 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does_bank_included(tmp_p
 def test_the_hand_written_prompts_of_the_frozen_clip_are_the_reference_of_the_text_losses(tmp_path, options):
     from spotlighter_plugin.towers.clip import encode_prompts, load_clip
 
-    trainer = spotlighter(tmp_path, options)
+    trainer = spotlighter(tmp_path, options, S + "LOSSES", "reg_text")
     trainer.train()
     clip_model = load_clip(trainer.cfg.MODEL.BACKBONE.NAME)
     expected = encode_prompts(clip_model, [f"a photo of a {name}." for name in CLASS_NAMES])

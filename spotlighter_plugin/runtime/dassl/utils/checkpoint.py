@@ -119,7 +119,7 @@ class _Inert:
         pass
 
 
-class _InertUnpickler(pickle._Unpickler):  # Python's own keeps its memo in a dictionary, however large a place is named
+class _InertUnpickler(files.Unpickler):
     """Resolves tensors' own rebuilding functions and dtypes; every other global becomes `_Inert`."""
 
     def find_class(self, module, name):
