@@ -52,7 +52,7 @@ class Words:
         self.table = table.to(device)
 
     def prompts(self, names: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
-        """"a photo of a {}." of each name: rows (C, T) and the ends of the texts (C,)."""
+        """ "a photo of a {}." of each name: rows (C, T) and the ends of the texts (C,)."""
         tokens = self.tokenize([f"a photo of a {name}." for name in names])
         end = tokens.argmax(1)
         return self.row[tokens[:, : int(end.max()) + 1]].to(device), end.to(device)

@@ -18,6 +18,7 @@ from .tasks import Task, configuration
 OPEN = ", open"
 WEIGHTS = (20.0, 5.0, 1.0)  # of L_reg_text
 PROBE = "linear probe"
+TRAINING = ("losses", "lambda1", "lambda2", "lambda3", "lr_multiplier")  # options that a trained host does not meet
 
 
 @dataclass
@@ -72,7 +73,9 @@ def rows(kind: Kind) -> list[Row]:
 
 
 def _with_plugin(kind: Kind, suffix: str, way: Callable, **options) -> Row:
-    settings = kind.grid, kind.grid_with_tokens, asdict(SpotlighterConfig(**options))
+    config = asdict(SpotlighterConfig(**options))
+    read = {name: value for name, value in config.items() if way is not _attached or name not in TRAINING}
+    settings = kind.grid, kind.grid_with_tokens, read
     return Row(f"{kind.trainer} + Spotlighter{suffix}", way(**options), settings)
 
 
