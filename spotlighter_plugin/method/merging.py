@@ -1,8 +1,9 @@
 """Merging: tokens that look alike go on as one, their mean, and attention knows for how many each one stands.
 
-Bipartite soft matching as in "Token Merging: Your ViT But Faster" (Bolya et al., arXiv 2210.09461). Pure functions of
-tensors; hidden states are in PyTorch's (length, batch, width) order, everything else has the batch first. Nothing here
-waits for a device, and hidden states stay in their own precision.
+Bipartite soft matching as in "Token Merging: Your ViT But Faster" (Bolya et al., arXiv 2210.09461), among those tokens
+that stand out least (the idea of Tran et al., arXiv 2405.16148, who measure it by an energy; here the mean key does).
+Pure functions of tensors; hidden states are in PyTorch's (length, batch, width) order, everything else has the batch
+first. Nothing here waits for a device, and hidden states stay in their own precision.
 """
 
 from typing import NamedTuple
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import schedule
 from .layout import Gaze
 
 
@@ -41,8 +43,10 @@ def keys_of(hidden: Tensor, gaze: Gaze) -> Tensor:
 
 
 def match(keys: Tensor, r: int, protected: tuple[int, int] = (1, 0)) -> Plan:
-    """The r merges that lose least: tokens fall by turns into sets A and B, each of A finds its most similar of B (by
-    the cosine of their keys), and of these pairs the r most similar are merged. Several may join the same one.
+    """The r merges that lose least: what is most like the mean of all is ground, seen many times; what stands out is
+    left alone. The ``schedule.CENTRAL`` · r tokens whose keys are nearest to the mean key fall by turns, the nearest
+    first, into sets A and B, each of A finds its most similar of B (by the cosine of their keys), and of these pairs
+    the r most similar are merged. Several may join the same one.
 
     Args:
         keys: (B, S, h), of the whole sequence.
@@ -51,19 +55,23 @@ def match(keys: Tensor, r: int, protected: tuple[int, int] = (1, 0)) -> Plan:
     Raises:
         ValueError: r is more than half of what is not protected.
     """
-    (batch, length, _), (front, back) = keys.shape, protected
+    (batch, length, width), (front, back) = keys.shape, protected
     movable = length - front - back
     if not 0 <= r <= movable // 2:
         raise ValueError(f"r = {r}: of {movable} tokens at most {max(movable, 0) // 2} can be merged at once")
     unit = F.normalize(keys[:, front : length - back], dim=-1, eps=torch.finfo(keys.dtype).tiny)
+    likeness = (unit @ unit.mean(1).unsqueeze(-1)).squeeze(-1)  # (B, n), to the mean
+    nearest = likeness.sort(dim=-1, descending=True, stable=True).indices[:, : schedule.near(movable, r)]  # (B, c)
+    unit = unit.gather(1, nearest.unsqueeze(-1).expand(-1, -1, width))
     similarity, partner = (unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)).max(-1)  # (B, A)
-    merged = similarity.sort(dim=-1, descending=True, stable=True).indices[:, :r]  # (B, r), places in A
+    merged = similarity.sort(dim=-1, descending=True, stable=True).indices[:, :r]  # places in A
+    gone = nearest[:, ::2].gather(1, merged) + front
+    joined = nearest[:, 1::2].gather(1, partner.gather(1, merged)) + front
     before = torch.arange(length, device=keys.device)
-    gone = before[front : length - back : 2][merged]
     stays = keys.new_ones(batch, length, dtype=torch.bool).scatter(1, gone, False)
     place = (stays.cumsum(1) - 1).scatter(1, gone, before[length - r :].expand(batch, -1))  # (B, S), in ``order``
     order = torch.empty_like(place).scatter_(1, place, before.expand(batch, -1))
-    return Plan(order, place[:, front + 1 : length - back : 2].gather(1, partner.gather(1, merged)))
+    return Plan(order, place.gather(1, joined))
 
 
 def merge(hidden: Tensor, sizes: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,8 @@ attention's own among them; what scores, matches and merges is counted as well.
 from dataclasses import dataclass
 from typing import NamedTuple
 
+CENTRAL = 4  # pairs are looked for among so many times r tokens; `workbench/speed/accuracy.py` has others
+
 
 @dataclass(frozen=True)
 class Tower:
@@ -115,12 +117,20 @@ def operations(tower: Tower, way: list[Step] = ()) -> int:
     for step in way:
         if step.merges:
             movable = step.tokens - step.fused
+            looked_at = near(movable, step.tokens - step.left)
             total += 2 * (1 + step.tokens + t.prompts) * w * (w // t.heads)  # mean keys
-            total += 2 * (movable // 2) * (movable - movable // 2) * (w // t.heads)  # A × B
+            total += (
+                2 * (movable + (looked_at // 2) * (looked_at - looked_at // 2)) * (w // t.heads)
+            )  # likeness, and A × B
         else:
             total += 4 * w * w + 2 * t.heads * w * (1 + step.tokens + t.prompts)  # CLS's query, and what it sees
             total += 2 * step.tokens * w * (step.kept < step.tokens and step.fused)  # the mean of what is dropped
     return total
+
+
+def near(tokens: int, r: int) -> int:
+    """Among how many tokens, those that stand out least, pairs are looked for where r of them are merged."""
+    return min(tokens, max(CENTRAL * r, 2))
 
 
 def lengths(tower: Tower, way: list[Step] = ()) -> list[int]:

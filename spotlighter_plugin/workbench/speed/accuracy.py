@@ -23,6 +23,7 @@ from rich.table import Table
 from ...compat import ROOT
 from ...config import SpotlighterConfig
 from ...files import write_aside
+from ...method import schedule
 from ...method.schedule import Step, Tower, operations, rivals
 from ...towers.clip import apply_precision, load_clip
 from ...wrapper import SpotlighterWrapper
@@ -38,7 +39,7 @@ MERGED = (4, 8, 12, 16)  # tokens a block
 MERGED_THEN_CUT = ((32, 5, 68), (26, 6, 66), (21, 8, 49), (16, 9, 48), (14, 8, 64))  # r, s, k
 SHARES = (0.5, 0.6, 0.7, 0.8, 0.9)
 DOMAINS = "source,pixel"
-TIMED = (0.5, 0.8)  # shares of a ViT-B/16's operations that documents time
+TIMED = (0.5, 0.7)  # shares of a ViT-B/16's operations that documents time
 FILE = ROOT / "results" / "operations.json"
 
 
@@ -224,9 +225,13 @@ def main(
     only: Annotated[str, typer.Option(help="run schedules that have this in their names")] = "",
     domains: Annotated[str, typer.Option(help="domains of the scenes")] = DOMAINS,
     each: Annotated[int, typer.Option(help="scenes of each validation drawing and domain")] = 1,
+    among: Annotated[
+        int, typer.Option(help="times r tokens among which pairs are looked for; 999: all, as in ToMe")
+    ] = schedule.CENTRAL,
 ) -> None:
-    kept = read(out)
-    asked = {"host": None, **{name: options for name, options in schedules().items() if only in name}}
+    kept, other = read(out), "" if among == schedule.CENTRAL else f", among {among} r"
+    schedule.CENTRAL = among
+    asked = {"host": None, **{name + other: options for name, options in schedules().items() if only in name}}
     for name, options in () if show else track(asked.items(), "schedules"):
         if named(name, dtype) not in kept["answers"]:
             add(kept, named(name, dtype), options, dtype, backbone, scenes(domains, each))
