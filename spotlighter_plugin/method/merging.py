@@ -59,14 +59,15 @@ def match(keys: Tensor, r: int, protected: tuple[int, int] = (1, 0)) -> Plan:
     movable = length - front - back
     if not 0 <= r <= movable // 2:
         raise ValueError(f"r = {r}: of {movable} tokens at most {max(movable, 0) // 2} can be merged at once")
-    unit = F.normalize(keys[:, front : length - back], dim=-1, eps=torch.finfo(keys.dtype).tiny)
-    likeness = (unit @ unit.mean(1).unsqueeze(-1)).squeeze(-1)  # (B, n), to the mean
-    nearest = likeness.sort(dim=-1, descending=True, stable=True).indices[:, : schedule.near(movable, r)]  # (B, c)
+    unit = F.normalize(keys, dim=-1, eps=torch.finfo(keys.dtype).tiny)
+    tokens = unit[:, front : length - back]
+    likeness = (tokens @ tokens.mean(1).unsqueeze(-1)).squeeze(-1)  # (B, n), to the mean
+    few = schedule.near(movable, r)
+    nearest = likeness.sort(dim=-1, descending=True, stable=True).indices[:, :few] + front  # (B, few)
     unit = unit.gather(1, nearest.unsqueeze(-1).expand(-1, -1, width))
     similarity, partner = (unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)).max(-1)  # (B, A)
-    merged = similarity.sort(dim=-1, descending=True, stable=True).indices[:, :r]  # places in A
-    gone = nearest[:, ::2].gather(1, merged) + front
-    joined = nearest[:, 1::2].gather(1, partner.gather(1, merged)) + front
+    merged = similarity.sort(dim=-1, descending=True, stable=True).indices[:, :r]  # (B, r), places in A
+    gone, joined = nearest[:, ::2].gather(1, merged), nearest[:, 1::2].gather(1, partner.gather(1, merged))
     before = torch.arange(length, device=keys.device)
     stays = keys.new_ones(batch, length, dtype=torch.bool).scatter(1, gone, False)
     place = (stays.cumsum(1) - 1).scatter(1, gone, before[length - r :].expand(batch, -1))  # (B, S), in ``order``
