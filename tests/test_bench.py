@@ -250,7 +250,7 @@ def test_a_sweep_is_every_combination():
     ]
     settings = bench.swept({"backbone": "ViT-B/16"}, "preset=default,paper")
     assert [[(step.block, step.kept) for step in s.steps] for s in settings] == [
-        [*((block, 196 - 7 * block) for block in range(1, 11)), (11, 106)],
+        [*((block, 196 - 10 * block) for block in range(1, 11)), (11, 48)],
         [(11, 32)],
     ]
 
