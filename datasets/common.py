@@ -148,7 +148,7 @@ class _DatumsAlone:
 
 
 class _Careful(_DatumsAlone, Unpickler):
-    pass
+    """Cannot ask for more than its file holds."""
 
 
 class _Fast(_DatumsAlone, pickle.Unpickler):

@@ -216,6 +216,13 @@ def test_one_number_places_merges_and_a_cut_that_spend_it(tower, share):
     assert merge and cuts[0][0] == tower.blocks - 1  # merged on the way, selected before the last block
 
 
+@pytest.mark.parametrize("share", [0.5, 0.6, 0.7, 0.8, 0.9])
+def test_a_share_leaves_the_last_block_a_cut_that_drops_a_third(share):
+    ((_, kept),), merge = place(share, B16, fuses=True)
+    left = steps(B16, [(11, 196)], merge)[-1].tokens
+    assert left / 2 <= kept <= left * 2 / 3
+
+
 def test_at_most_half_of_what_is_left_is_merged():
     assert lengths(B16, steps(B16, [(5, 196)], 80)) == [197, 117, 59, 30, 16] + [16] * 7
 

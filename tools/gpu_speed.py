@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from spotlighter_plugin.config import SpotlighterConfig  # noqa: E402
+from spotlighter_plugin.files import write_aside  # noqa: E402
 from spotlighter_plugin.hosts.base import HostAdapter  # noqa: E402
 from spotlighter_plugin.method.schedule import Tower, describe, operations, rivals  # noqa: E402
 from spotlighter_plugin.workbench.speed.stopwatch import Traffic  # noqa: E402
@@ -262,7 +263,7 @@ def measure(args):
         )
         print(f"{dtype} batch {batch} {mode}: {line}", flush=True)
         write(records, args.json)
-    print(f"{card}, torch {torch.__version__}: {len(records)} records in {time.time() - began:.0f} s → {args.json}")
+    print(f"{card}, torch {torch.__version__}: {len(records)} records in {time.time() - began:.0f} s")
     return records
 
 
@@ -304,14 +305,13 @@ def as_the_paper(host, classes):
 
 
 def write(records, path):
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(json.dumps(records, indent=1) + "\n")
-    aside.replace(path)
+    if path:
+        write_aside(path, lambda file: file.write(f"{json.dumps(records, indent=1)}\n".encode()), "--json")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, default=Path("gpu_speed.json"), help="where the records go")
+    parser.add_argument("--json", type=Path, help="where the records go, if anywhere")
     parser.add_argument("--seconds", type=float, default=150, help="nothing new is begun afterwards")
     parser.add_argument("--share", type=float, default=0.5, help="of the host's operations, for every row")
     parser.add_argument("--classes", type=int, default=1000)

@@ -123,11 +123,9 @@ def operations(tower: Tower, way: list[Step] = ()) -> int:
     for step in way:
         if step.merges:
             movable = step.tokens - step.fused
-            looked_at = near(movable, step.tokens - step.left)
+            few = near(movable, step.tokens - step.left)
             total += 2 * (1 + step.tokens + t.prompts) * w * (w // t.heads)  # mean keys
-            total += (
-                2 * (movable + (looked_at // 2) * (looked_at - looked_at // 2)) * (w // t.heads)
-            )  # likeness, and A × B
+            total += 2 * (movable + (few // 2) * (few - few // 2)) * (w // t.heads)  # likeness to the mean, A × B
         else:
             total += 4 * w * w + 2 * t.heads * w * (1 + step.tokens + t.prompts)  # CLS's query, and what it sees
             total += 2 * step.tokens * w * (step.kept < step.tokens and step.fused)  # the mean of what is dropped
