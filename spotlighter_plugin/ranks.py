@@ -111,7 +111,8 @@ class _Watch:
         self.own, self.others = str(number), [str(other) for other in range(count) if other != number]
         self.left = threading.Event()
         self.store.set(self.own, "0")
-        threading.Thread(target=self._look, daemon=True).start()
+        self.thread = threading.Thread(target=self._look, daemon=True)
+        self.thread.start()
 
     def says_why(self) -> bool:
         """Whether this process is the first to ask."""
@@ -121,9 +122,11 @@ class _Watch:
             return True
 
     def leave(self, how) -> None:
+        """Say so and end the thread: Python's end while it waits for the store would abort the process."""
         self.left.set()
         with suppress(RuntimeError):
             self.store.set(self.own, how)
+        self.thread.join()
 
     def _look(self):
         heard, missed, beats = dict.fromkeys(self.others), dict.fromkeys(self.others, 0), 0

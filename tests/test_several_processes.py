@@ -6,6 +6,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -174,10 +176,37 @@ def test_a_killed_process_ends_the_others_with_one_line(tmp_path):
     first, second = (started(tmp_path, "die", number, port) for number in range(2))
     second.communicate(timeout=600)
     said = first.communicate(timeout=60)[1]
-    assert second.returncode == -signal.SIGKILL and first.returncode == 1
+    assert second.returncode == -signal.SIGKILL and first.returncode == 1, said
     lines = [line for line in said.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "another process of this run has ended" in lines[0] and "Traceback" not in said
     assert list(tmp_path.glob("*/*/model.pth.tar-1"))  # the epoch that was done is kept
+
+
+def test_a_process_that_waits_for_the_others_signs_as_it_ends_keeps_its_exit_code(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    monkeypatch.setattr(ranks, "BEAT", 0.01)
+    kept = torch.distributed.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    watch = ranks._Watch(0, 2)
+    waiting, done = threading.Event(), []
+
+    class Slow:  # the thread is within the store when the process leaves
+        def set(self, *_):
+            if threading.current_thread() is watch.thread:
+                waiting.set()
+                time.sleep(0.5)
+                done.append(True)
+
+        def multi_get(self, keys):
+            return [b"0"] * len(keys)
+
+    watch.store = Slow()
+    assert waiting.wait(10)
+    watch.leave(ranks.FAILED)
+    assert done and not watch.thread.is_alive() and kept is not None
 
 
 # -- without a second process ----------------------------------------------------------------------------------
