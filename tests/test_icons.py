@@ -85,7 +85,7 @@ def test_concepts_that_cannot_be_split_are_named():
     noise = np.random.default_rng(0).normal(size=(20, 576)).astype(np.float32)
     unit = noise / np.linalg.norm(noise, axis=1, keepdims=True)
     with pytest.raises(ValueError, match="'cat' has 18 different drawings, 28 are held out"):
-        icon_splits.split(rows, unit, unit, ["cat"])
+        icon_splits.choose(rows, unit, unit, ["cat"])
 
 
 def test_a_split_keeps_copies_and_variants_out_of_pre_training_and_depends_on_the_drawings_alone():
@@ -95,17 +95,36 @@ def test_a_split_keeps_copies_and_variants_out_of_pre_training_and_depends_on_th
     rows = [["cat", f"set{i}", f"cat-{i}", "solid", i % 9 == 0] for i in range(80)]
     rows += [["lion", f"other{i}", "lion", "outline", False] for i in range(80)]  # each a copy of a cat
     m = np.concatenate([m, m])
-    held, pre, figures = icon_splits.split(rows, m, m, ["cat"])
+    held = icon_splits.choose(rows, m, m, ["cat"])
+    pre, figures = icon_splits.left_to_learn(rows, m, m, held)
     used = np.concatenate(list(held["cat"].values()))
     assert [len(held["cat"][s]) for s in ("shots", "val", "test")] == [16, 4, 8] and len(set(used)) == 28
     assert sum(rows[i][4] for i in used) == 7
     assert not set(used + 80) & set(pre["lion"]) and not set(used) & set(pre["cat"])
     assert figures["held out"] == figures["near copies left out"] == 28
     order = rng.permutation(160)
-    again, _, _ = icon_splits.split([rows[i] for i in order], m[order], m[order], ["cat"])
+    again = icon_splits.choose([rows[i] for i in order], m[order], m[order], ["cat"])
     assert {s: {rows[order[i]][2] for i in ids} for s, ids in again["cat"].items()} == {
         s: {rows[i][2] for i in ids} for s, ids in held["cat"].items()
     }
+
+
+def test_what_the_bundle_names_is_held_out_again_whatever_else_was_drawn():
+    index, side = bundle.index(), bundle.SIDE
+    ink = np.concatenate([bundle.drawings(s)[0] for s in bundle.SPLITS], 1).reshape(-1, side, side)
+    names = [n for n in sorted(icon_names.choice()["concepts"], key=icon_names.prompt) for _ in range(bundle.HELD)]
+    drawn = [d.split(":", 1) for row in index["drawings"] for d in row]
+    rows = [[name, *d, "solid", False] for name, d in zip(names, drawn, strict=True)]
+    rows += [["other", "set", f"other-{i}", "solid", False] for i in range(9)]
+    order = np.random.default_rng(2).permutation(len(rows))
+    rows, ink = [rows[i] for i in order], np.concatenate([ink, ink[:9]])[order]
+    held = build_icons.written(rows)
+    for split in bundle.SPLITS:
+        again = np.stack([ink[held[n][split]] for n in dict.fromkeys(names)])
+        assert np.array_equal(again, bundle.drawings(split)[0])
+    assert sum(build_icons.written_colours().values()) == max(k for row in index["colour"] for k in row if k) + 1
+    with pytest.raises(ValueError, match=r"is held out and was not drawn: take @iconify/json 2\.2\.535, or --choose"):
+        build_icons.written(rows[:100])
 
 
 def test_a_pack_gives_back_what_it_was_given(tmp_path):

@@ -1,11 +1,14 @@
-"""Draw the icons of IconScenes from the package ``@iconify/json`` on npm, and choose which are held out.
+"""Draw the icons of IconScenes from the package ``@iconify/json`` on npm.
 
     pip install resvg-py==0.5.0 && npm pack @iconify/json@2.2.535 && tar xzf iconify-json-2.2.535.tgz
     python tools/build_icons.py --package package --work DIR --pack DIR
     python tools/build_icons.py --check
 
 ``--work`` keeps all drawings (1.5 GB), ``--pack`` gets those for pre-training (``tools/icon_pack.py`` reads them) and
-``datasets/icons`` those held out for evaluation. What is drawn and what is not is said in ``tools/icon_choice.json``.
+``datasets/icons`` those held out for evaluation. What is drawn and what is not is said in ``tools/icon_choice.json``;
+which drawings are held out, and which of them in colour, is written in ``datasets/icons/icons.json``; what is written
+there is drawn. ``--choose`` chooses anew; it compares with limits, and a processor that renders one pixel otherwise may
+choose another drawing.
 ``--check`` measures on the bundled files that no test drawing has a near copy among shots or validation.
 """
 
@@ -16,6 +19,7 @@ import re
 import sys
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -78,8 +82,11 @@ def jobs(package: Path) -> list[tuple]:
     return out
 
 
-def draw(some: list[tuple]) -> tuple:
-    """-> rows (name, set, icon's name, style, coloured?), ink, colours of the coloured ones, masks, silhouettes."""
+def draw(some: list[tuple], known: dict[str, bool]) -> tuple:
+    """-> rows (name, set, icon's name, style, coloured?), ink, colours of the coloured ones, masks, silhouettes.
+
+    known: whether "set:icon's name" is coloured, where that is written.
+    """
     rows, ink, colours, alphas = [], [], [], []
     for name, prefix, icon, data, size, style in some:
         try:
@@ -88,7 +95,7 @@ def draw(some: list[tuple]) -> tuple:
             continue
         if rgba is None or ((drawn := art.ink(rgba)) > 128).sum() < 60:
             continue
-        coloured = art.coloured(rgba)
+        coloured = known.get(f"{prefix}:{icon}", art.coloured(rgba))
         rows.append((name, prefix, icon, "palette" if coloured else style, coloured))
         ink.append(art.levels(drawn))
         alphas.append(rgba[..., 3])
@@ -99,14 +106,14 @@ def draw(some: list[tuple]) -> tuple:
     return rows, ink, np.array(colours, np.uint8).reshape(-1, *side, 4), art.masks(ink), art.silhouettes(alphas)
 
 
-def draw_all(package: Path, work: Path) -> None:
+def draw_all(package: Path, work: Path, known: dict[str, bool]) -> None:
     """Draw everything with two processes; ``work`` gets rows.json, written last, and four arrays."""
     todo = jobs(package)
     print(f"{len(todo)} icons of {len({j[0] for j in todo})} names", flush=True)
     work.mkdir(parents=True, exist_ok=True)
     got = []
     with ProcessPoolExecutor(2) as pool:
-        for part in pool.map(draw, [todo[i : i + PART] for i in range(0, len(todo), PART)]):
+        for part in pool.map(partial(draw, known=known), [todo[i : i + PART] for i in range(0, len(todo), PART)]):
             got.append(part)
             if len(got) % 20 == 0:
                 print(f"{len(got) * PART} drawn", flush=True)
@@ -144,6 +151,26 @@ def few_colours(rgba: np.ndarray) -> np.ndarray:
     rgb = Image.fromarray(rgba[..., :3]).quantize(COLOURS, dither=Image.Dither.NONE).convert("RGB")
     alpha = art.levels(rgba[..., 3:])
     return np.concatenate([np.asarray(rgb) * (alpha > 0), alpha], -1)
+
+
+def written_colours() -> dict[str, bool]:
+    """Whether each drawing that the bundle names is coloured."""
+    index = bundle.index()
+    rows = zip(index["drawings"], index["colour"], strict=True)
+    return {name: at is not None for row in rows for name, at in zip(*row, strict=True)}
+
+
+def written(rows: list) -> dict:
+    """{concept: {split: ids}} of the drawings that the bundle names. Raises ValueError for one that was not drawn."""
+    index = bundle.index()
+    at = {f"{prefix}:{icon}": i for i, (_, prefix, icon, *_) in enumerate(rows)}
+    if missing := [name for row in index["drawings"] for name in row if name not in at]:
+        raise ValueError(f"{missing[0]} is held out and was not drawn: take {index['package']}, or --choose")
+    names = sorted(naming.choice()["concepts"], key=naming.prompt)
+    if [naming.prompt(name) for name in names] != index["concepts"]:
+        raise ValueError("the concepts of icon_choice.json are not those of icons.json: --choose")
+    ids = np.array([[at[name] for name in row] for row in index["drawings"]])
+    return {name: {s: row[where] for s, where in bundle.SPLITS.items()} for name, row in zip(names, ids, strict=True)}
 
 
 def write_bundle(package: Path, out: Path, rows: list, ink, colour, at, held: dict, figures: dict) -> None:
@@ -214,6 +241,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="where all drawings are kept; what is there is not drawn again")
     parser.add_argument("--pack", type=Path, help="where the drawings for pre-training go")
     parser.add_argument("--out", type=Path, default=bundle.FOLDER, help="where the drawings held out go")
+    parser.add_argument("--choose", action="store_true", help="choose anew what is held out")
     parser.add_argument("--check", action="store_true", help="measure the bundled drawings; exit 1 on a near copy")
     args = parser.parse_args()
     if args.check:
@@ -223,11 +251,13 @@ def main() -> None:
     if not (args.package and args.work):
         parser.error("--package and --work say where the package lies and where the drawings go")
     if not (args.work / "rows.json").is_file():
-        draw_all(args.package, args.work)
+        draw_all(args.package, args.work, {} if args.choose else written_colours())
     rows = json.loads((args.work / "rows.json").read_text())
     ink, colour, mask, silhouette = (np.load(args.work / f"{w}.npy") for w in ("ink", "colour", "mask", "silhouette"))
     at = np.where([r[4] for r in rows], np.cumsum([r[4] for r in rows]) - 1, -1)
-    held, pre, figures = splits.split(rows, mask, silhouette, sorted(naming.choice()["concepts"]), SEED)
+    concepts = sorted(naming.choice()["concepts"])
+    held = splits.choose(rows, mask, silhouette, concepts, SEED) if args.choose else written(rows)
+    pre, figures = splits.left_to_learn(rows, mask, silhouette, held, SEED)
     left = mask[np.concatenate(list(pre.values()))]
     for s in bundle.SPLITS:
         those = mask[np.concatenate([h[s] for h in held.values()])]

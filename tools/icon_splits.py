@@ -114,17 +114,21 @@ def thin(ids: np.ndarray, m: np.ndarray) -> np.ndarray:
     return ids[kept]
 
 
-def split(rows: list, m: np.ndarray, s: np.ndarray, concepts: list, seed: int = 0) -> tuple[dict, dict, dict]:
-    """-> held {concept: {split: ids}}, pre-training {name: ids}, figures.
+def by_name(rows: list, seed: int) -> dict[str, np.ndarray]:
+    """The ids of each name's drawings, in the order of ``order``."""
+    by = defaultdict(list)
+    for i, r in enumerate(rows):
+        by[r[0]].append(i)
+    return {name: order(rows, np.array(ids), seed) for name, ids in sorted(by.items())}
+
+
+def choose(rows: list, m: np.ndarray, s: np.ndarray, concepts: list, seed: int = 0) -> dict:
+    """-> {concept: {split: ids}}, what is held out.
 
     rows: (name, set, icon's name, style, coloured?); m, s: masks and silhouettes (N, 576).
     """
     palette = np.array([r[4] for r in rows])
-    by = defaultdict(list)
-    for i, r in enumerate(rows):
-        by[r[0]].append(i)
-    by = {name: order(rows, np.array(ids), seed) for name, ids in sorted(by.items())}
-    held = {}
+    by, held = by_name(rows, seed), {}
     for c in concepts:
         ids = by[c]
         related = relation(ids, m, s, rows)
@@ -133,13 +137,19 @@ def split(rows: list, m: np.ndarray, s: np.ndarray, concepts: list, seed: int = 
             raise ValueError(f"{c!r} has {len(kept)} different drawings, {HELD} are held out: leave the concept out")
         held[c] = {which: ids[at] for which, at in deal(kept, palette[ids]).items()}
     one_side(held, m, palette)
+    return held
+
+
+def left_to_learn(rows: list, m: np.ndarray, s: np.ndarray, held: dict, seed: int = 0) -> tuple[dict, dict]:
+    """-> {name: ids} for pre-training, figures: nothing that is held out, nor a copy or a variant of it."""
+    by = by_name(rows, seed)
     used = np.concatenate([ids for h in held.values() for ids in h.values()])
     taken = m[used]
     near = np.concatenate([similar(m[at : at + 2048], taken) for at in range(0, len(rows), 2048)])
     out = near >= art.COPY
     out[used] = True
     copies = int(out.sum()) - len(used)
-    for c in concepts:  # its variants within a family go with it, under longer names, too
+    for c in held:  # its variants within a family go with it, under longer names, too
         ids = np.concatenate([by[n] for n in by if f"-{c}-" in f"-{n}-"])
         mine = np.isin(ids, np.concatenate(list(held[c].values())))
         out[ids[relation(ids, m, s, rows)[mine].any(0)]] = True
@@ -151,4 +161,4 @@ def split(rows: list, m: np.ndarray, s: np.ndarray, concepts: list, seed: int = 
             raise ValueError(f"{name!r} leaves {len(left)} drawings to pre-training, {OTHERS} are wanted: leave it out")
         if len(left) >= 3 or name in held:
             pre[name] = np.sort(left)
-    return held, pre, {"held out": len(used), "near copies left out": copies, "variants left out": variants}
+    return pre, {"held out": len(used), "near copies left out": copies, "variants left out": variants}
