@@ -151,7 +151,7 @@ def test_a_share_is_of_the_towers_tokens_and_keeps_no_fewer_than_the_next_cut():
 
 
 def test_a_presets_share_gives_way_to_a_cut_of_ones_own():
-    assert SpotlighterConfig().share == 0.7
+    assert SpotlighterConfig().share == 0.5
     assert SpotlighterConfig(top_k=140).share == 0 and SpotlighterConfig(top_k=140).cuts(144, 6) == [(5, 140)]
     assert SpotlighterConfig(select_block=3).cuts(144, 6) == [(3, 48)]
 
@@ -223,6 +223,11 @@ def test_a_share_leaves_the_last_block_a_cut_that_drops_a_third(share):
     assert left / 2 <= kept <= left * 2 / 3
 
 
+def test_most_is_merged_early():
+    (_, left), merge = (place(0.5, B16)[0][0], place(0.5, B16)[1])
+    assert merge[0] == 0 and list(merge[1:]) == sorted(merge[1:], reverse=True) and merge[1] > 4 * merge[-1] > 0 < left
+
+
 def test_at_most_half_of_what_is_left_is_merged():
     assert lengths(B16, steps(B16, [(5, 196)], 80)) == [197, 117, 59, 30, 16] + [16] * 7
 
@@ -242,5 +247,5 @@ def test_a_share_that_a_tower_cannot_spend_is_refused_in_one_line():
 def test_a_schedule_can_be_read():
     cuts, merge = place(0.5, B16, fuses=True)
     assert describe(B16, steps(B16, cuts, merge, fuses=True)) == (
-        "196 tokens; merged to 17 before blocks 1-10; cut to 10 before block 11; 0.503 of the host's operations"
+        "196 tokens; merged to 46 before blocks 1-10; cut to 27 before block 11; 0.500 of the host's operations"
     )

@@ -28,9 +28,9 @@ def literal(x, sizes, keys, r, front, back):
     """One image: x (S, w), sizes and keys as lists of float64; returns x, sizes and the position of each old one."""
     movable = range(front, len(x) - back)
     cosine = lambda i, j: float(keys[i] @ keys[j] / keys[i].norm() / keys[j].norm())  # noqa: E731
-    mean = sum(keys[i] / keys[i].norm() for i in movable) / len(movable)
+    mean = sum(sizes[i] * keys[i] / keys[i].norm() for i in movable)
     likeness = {i: float(keys[i] @ mean / keys[i].norm()) for i in movable}
-    nearest = sorted(movable, key=lambda i: -likeness[i])[: near(len(movable), r)]
+    nearest = sorted(sorted(movable, key=lambda i: -likeness[i])[: near(len(movable), r)])
     best = {i: max(nearest[1::2], key=lambda j, i=i: cosine(i, j)) for i in nearest[::2]}
     merged = sorted(best, key=lambda i: -cosine(i, best[i]))[:r]
     groups = [[i] + [j for j in merged if best[j] == i] for i in range(len(x)) if i not in merged]
@@ -47,7 +47,7 @@ def test_merging_is_what_loops_over_pairs_in_float64_say(batch, movable, front, 
     random, length = torch.Generator().manual_seed(seed), front + movable + back
     hidden, keys = (torch.randn(*shape, generator=random) for shape in ((length, batch, 6), (batch, length, 4)))
     sizes = torch.randint(1, 5, (batch, length), generator=random).float()
-    plan = match(keys, r, (front, back))
+    plan = match(keys, sizes, r, (front, back))
     merged, new = merge(hidden, sizes, plan)
     where = follow(torch.arange(length).expand(batch, -1), plan)
     for image in range(batch):
@@ -60,7 +60,7 @@ def test_merging_is_what_loops_over_pairs_in_float64_say(batch, movable, front, 
 def test_what_is_protected_or_has_no_partner_goes_on_bit_for_bit_and_in_its_order():
     torch.manual_seed(0)
     hidden, keys = torch.randn(24, 5, 8).half(), torch.randn(5, 24, 4)
-    plan = match(keys, 7, (2, 3))
+    plan = match(keys, torch.ones(5, 24), 7, (2, 3))
     merged, sizes = merge(hidden, torch.ones(5, 24), plan)
     assert (plan.kept.diff(dim=1) > 0).all()
     assert ((plan.gone >= 2) & (plan.gone < 21)).all()
@@ -74,20 +74,20 @@ def test_what_is_protected_or_has_no_partner_goes_on_bit_for_bit_and_in_its_orde
 def test_an_image_is_merged_alike_in_whatever_batch_it_comes():
     torch.manual_seed(0)
     hidden, keys = torch.randn(20, 6, 8), torch.randn(6, 20, 4)
-    together, _ = merge(hidden, torch.ones(6, 20), match(keys, 5))
-    alone, _ = merge(hidden[:, 4:5], torch.ones(1, 20), match(keys[4:5], 5))
+    together, _ = merge(hidden, torch.ones(6, 20), match(keys, torch.ones(6, 20), 5))
+    alone, _ = merge(hidden[:, 4:5], torch.ones(1, 20), match(keys[4:5], torch.ones(1, 20), 5))
     assert torch.equal(together[:, 4:5], alone)
 
 
 def test_equal_tokens_are_merged_first_and_a_tower_that_knows_their_sizes_does_not_notice():
     vision = random_clip().visual.requires_grad_(False)
     stream, hidden = TokenStream(vision, 1, weighs=True), torch.randn(1 + N_TOKENS, 3, WIDTH)
-    hidden[[5, 7, 11]] = hidden[[6, 8, 6]].clone()  # 11 is like 6, too: a token of three
+    hidden[[1, 3, 5, 7, 9, 11, 13]] = hidden[[2, 4, 6, 8, 10, 12, 2]].clone()  # 13 is like 2, too: a token of three
     whole, gone = {}, []
 
     def choose(knows, tower, _):
         whole["image"] = tower.tail(hidden)[0]
-        plan = match(keys_of(hidden, stream.layout.gaze(1)), 3)
+        plan = match(keys_of(hidden, stream.layout.gaze(1)), torch.ones(3, len(hidden)), 7)
         gone.append(plan.gone)
         merged, sizes = merge(hidden, torch.ones(3, len(hidden)), plan)
         whole["merged"] = tower.tail(merged, sizes)[0]
@@ -99,7 +99,7 @@ def test_equal_tokens_are_merged_first_and_a_tower_that_knows_their_sizes_does_n
             image = vision(some_images(3))
         torch.testing.assert_close(whole["merged"], whole["image"], atol=1e-5, rtol=1e-5)
         assert torch.allclose(image, whole["image"], atol=1e-4) == knows
-    assert all(sorted(image) in ([5, 7, 11], [5, 8, 11]) for image in gone[0].tolist())
+    assert all(sorted(image) == [1, 3, 5, 7, 9, 11, 13] for image in gone[0].tolist())
     stream.detach()
     assert not any(module._forward_pre_hooks for module in vision.modules())
 
@@ -118,7 +118,7 @@ def test_mean_keys_are_the_mean_over_heads_of_the_blocks_own_keys():
 
 def test_a_picture_knows_which_token_each_of_its_patches_has_become_part_of():
     torch.manual_seed(0)
-    first, second = match(torch.randn(2, 13, 4), 4, (1, 2)), match(torch.randn(2, 7, 4), 2, (1, 2))
+    first, second = (match(torch.randn(2, n, 4), torch.ones(2, n), r, (1, 2)) for n, r in ((13, 4), (7, 2)))
     kept = torch.tensor([[2, 0, 1, 5], [5, 3, 2, 1]])  # of 6 tokens
     place, token = whereabouts([first, kept, second], 10, 1)
     for image in range(2):
@@ -140,13 +140,14 @@ def test_a_picture_knows_which_token_each_of_its_patches_has_become_part_of():
 def test_gradients_flow_through_merged_and_single_tokens():
     torch.manual_seed(0)
     hidden = torch.randn(9, 2, 4, dtype=torch.double, requires_grad=True)
-    plan, sizes = match(torch.randn(2, 9, 4), 3), torch.rand(2, 9) + 1
+    sizes = torch.rand(2, 9) + 1
+    plan = match(torch.randn(2, 9, 4), sizes, 3)
     assert torch.autograd.gradcheck(lambda x: merge(x, sizes.double(), plan)[0], hidden)
 
 
 def test_more_merges_than_pairs_are_refused_in_one_line():
     with pytest.raises(ValueError, match="r = 5: of 9 tokens at most 4 can be merged at once"):
-        match(torch.randn(1, 11, 4), 5, (1, 1))
+        match(torch.randn(1, 11, 4), torch.ones(1, 11), 5, (1, 1))
 
 
 # ------------------------------------------------------------------------------------------------------------- in hosts

@@ -42,14 +42,15 @@ def keys_of(hidden: Tensor, gaze: Gaze) -> Tensor:
     return F.linear(gaze.plain(hidden), *gaze.mean_key).transpose(0, 1)
 
 
-def match(keys: Tensor, r: int, protected: tuple[int, int] = (1, 0)) -> Plan:
+def match(keys: Tensor, sizes: Tensor, r: int, protected: tuple[int, int] = (1, 0)) -> Plan:
     """The r merges that lose least: what is most like the mean of all is ground, seen many times; what stands out is
-    left alone. The ``schedule.CENTRAL`` · r tokens whose keys are nearest to the mean key fall by turns, the nearest
-    first, into sets A and B, each of A finds its most similar of B (by the cosine of their keys), and of these pairs
-    the r most similar are merged. Several may join the same one.
+    left alone. The ``schedule.CENTRAL`` · r tokens whose keys are nearest to the patches' mean key fall by turns, in
+    the order of the sequence, into sets A and B, each of A finds its most similar of B (by the cosine of their keys),
+    and of these pairs the r most similar are merged. Several may join the same one.
 
     Args:
         keys: (B, S, h), of the whole sequence.
+        sizes: (B, S), for how many tokens of the image each position stands.
         protected: how many positions at the front (CLS) and at the end (prompts) are left alone.
 
     Raises:
@@ -60,10 +61,11 @@ def match(keys: Tensor, r: int, protected: tuple[int, int] = (1, 0)) -> Plan:
     if not 0 <= r <= movable // 2:
         raise ValueError(f"r = {r}: of {movable} tokens at most {max(movable, 0) // 2} can be merged at once")
     unit = F.normalize(keys, dim=-1, eps=torch.finfo(keys.dtype).tiny)
-    tokens = unit[:, front : length - back]
-    likeness = (tokens @ tokens.mean(1).unsqueeze(-1)).squeeze(-1)  # (B, n), to the mean
+    tokens, weights = (every[:, front : length - back] for every in (unit, sizes.to(unit.dtype)))
+    mean = weights.unsqueeze(1) @ tokens  # (B, 1, h), up to a factor
+    likeness = (tokens @ mean.transpose(1, 2)).squeeze(-1)  # (B, n)
     few = schedule.near(movable, r)
-    nearest = likeness.sort(dim=-1, descending=True, stable=True).indices[:, :few] + front  # (B, few)
+    nearest = likeness.sort(dim=-1, descending=True, stable=True).indices[:, :few].sort(dim=-1).values + front
     unit = unit.gather(1, nearest.unsqueeze(-1).expand(-1, -1, width))
     similarity, partner = (unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)).max(-1)  # (B, A)
     merged = similarity.sort(dim=-1, descending=True, stable=True).indices[:, :r]  # (B, r), places in A

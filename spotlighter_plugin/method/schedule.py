@@ -7,7 +7,8 @@ attention's own among them; what scores, matches and merges is counted as well.
 from dataclasses import dataclass
 from typing import NamedTuple
 
-CENTRAL = 4  # pairs are looked for among so many times r tokens; `workbench/speed/accuracy.py` has others
+CENTRAL = 3  # pairs are looked for among so many times r tokens; `workbench/speed/accuracy.py` has others
+RATES = 20  # of c, the tokens merged before block L-1, how many are tried from one whole number to the next
 
 
 @dataclass(frozen=True)
@@ -39,56 +40,67 @@ class Step(NamedTuple):
         return self.left - self.kept
 
 
-def steps(tower: Tower, cuts: list[tuple[int, int]], merge: int = 0, fuses: bool = False) -> list[Step]:
+def steps(
+    tower: Tower, cuts: list[tuple[int, int]], merge: int | tuple[int, ...] = 0, fuses: bool = False
+) -> list[Step]:
     """The way of a tower's tokens.
 
     Args:
         cuts: pairs (block, tokens kept), ascending; the last is (s, k). One that keeps all that is left cuts nothing.
-        merge: r, merged before each of blocks 1…s-1 that has no cut, though never more than half of what is left.
+        merge: r, merged before each of blocks 1…s-1 that has no cut, though never more than half of what is left; or
+            r of blocks 0, 1, ….
         fuses: a cut lets the tokens that it drops go on as one more.
     """
-    way, now, fused, kept_at = [], tower.tokens, 0, dict(cuts)
-    for block in range(cuts[-1][0] + 1):
+    way, now, fused, kept_at, last = [], tower.tokens, 0, dict(cuts), cuts[-1][0]
+    rates = (0, *(last - 1) * (merge,)) if isinstance(merge, int) else merge
+    for block in range(last + 1):
         merges = block not in kept_at
-        if merges and not (merge and block):
+        if merges and not rates[block]:
             continue
-        kept = now - fused - min(merge, (now - fused) // 2) if merges else min(kept_at[block], now - fused)
+        kept = now - fused - min(rates[block], (now - fused) // 2) if merges else min(kept_at[block], now - fused)
         fused = fused if merges else int(fuses and kept < now)
         way.append(Step(block, now, kept, kept + fused, merges))
         now = kept + fused
     return way
 
 
-def place(share: float, tower: Tower, fuses: bool = False, exact: bool = True) -> tuple[list[tuple[int, int]], int]:
-    """Merges and a cut that spend a share of the host's operations: [(s, k)] and r, as ``steps`` takes them.
+def place(
+    share: float, tower: Tower, fuses: bool = False, exact: bool = True
+) -> tuple[list[tuple[int, int]], tuple[int, ...]]:
+    """Merges and a cut that spend a share of the host's operations: [(s, k)] and r of each block, as ``steps`` takes
+    them.
 
-    r tokens are merged before each of blocks 1…L-2, and before the last, s = L-1, of what is left at least half goes
-    on, and at most two thirds where that comes within 0.01 of the share. Measured by
-    ``workbench/speed/accuracy.py``: at equal operations cuts before two thirds of the depth lose more.
+    Before block b of 1…L-2 the nearest whole number to c (L-b) tokens are merged, most of them early, and before the
+    last, s = L-1, of what is left at least half goes on, and at most two thirds where that comes within 0.01 of the
+    share. Measured by ``workbench/speed/accuracy.py``: at equal operations as many merges before each block lose more,
+    and so do cuts before two thirds of the depth.
 
     Raises:
         ValueError: no such schedule of this tower comes within 0.02 of it; if not ``exact`` the nearest is taken.
     """
     last, reached, lefts = tower.blocks - 1, {}, {}
-    for r in range(tower.tokens // 2 + 1):
-        left = lefts[r] = steps(tower, [(last, tower.tokens)], r)[-1].left
+    for rate in range(RATES * tower.tokens):
+        merged = 0, *(round(rate / RATES * (tower.blocks - block)) for block in range(1, last))
+        if merged in lefts:
+            continue
+        left = lefts[merged] = steps(tower, [(last, tower.tokens)], merged)[-1].left
         for k in range(max(2, -(-left // 2)), left + 1):
-            reached[k, r] = operations(tower, steps(tower, [(last, k)], r, fuses)) / operations(tower)
+            reached[k, merged] = operations(tower, steps(tower, [(last, k)], merged, fuses)) / operations(tower)
         if left <= 2:
             break
 
     def badness(way):
-        (k, r), off = way, abs(reached[way] - share)
-        return max(off, 0.01), 3 * k > 2 * lefts[r], off
+        (k, merged), off = way, abs(reached[way] - share)
+        return max(off, 0.01), 3 * k > 2 * lefts[merged], off
 
-    k, r = min(reached, key=badness)
-    if exact and abs(reached[k, r] - share) > 0.02:
+    k, merged = min(reached, key=badness)
+    if exact and abs(reached[k, merged] - share) > 0.02:
         low, high = min(reached.values()), max(reached.values())
         raise ValueError(
             f"TRAINER.SPOTLIGHTER.SHARE = {share}: with {tower.blocks} blocks and {tower.tokens} tokens the nearest "
             f"schedules spend {low:.2f} to {high:.2f} of the operations; set SELECT_BLOCK, TOP_K and MERGE instead"
         )
-    return [(last, k)], r
+    return [(last, k)], merged
 
 
 def rivals(share: float, tower: Tower) -> dict[str, dict]:
@@ -125,7 +137,7 @@ def operations(tower: Tower, way: list[Step] = ()) -> int:
             movable = step.tokens - step.fused
             few = near(movable, step.tokens - step.left)
             total += 2 * (1 + step.tokens + t.prompts) * w * (w // t.heads)  # mean keys
-            total += 2 * (movable + (few // 2) * (few - few // 2)) * (w // t.heads)  # likeness to the mean, A × B
+            total += 2 * (2 * movable + (few // 2) * (few - few // 2)) * (w // t.heads)  # the mean, likeness to it, A × B
         else:
             total += 4 * w * w + 2 * t.heads * w * (1 + step.tokens + t.prompts)  # CLS's query, and what it sees
             total += 2 * step.tokens * w * (step.kept < step.tokens and step.fused)  # the mean of what is dropped

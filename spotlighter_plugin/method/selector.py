@@ -74,8 +74,9 @@ class Selector:
         """The tokens that are most alike go on as one: (1+n+M, B, w) → (S, B, w)."""
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             keys = merging.keys_of(hidden, self.gazes[step.block])
-            plan = merging.match(keys, step.tokens - step.left, (self.layout.n_lead, tower.n_prompts + step.fused))
             sizes = keys.new_ones(keys.shape[:2], dtype=torch.float32) if tower.sizes is None else tower.sizes
+            alone = self.layout.n_lead, tower.n_prompts + step.fused
+            plan = merging.match(keys, sizes, step.tokens - step.left, alone)
         hidden, tower.sizes = merging.merge(hidden, sizes, plan)
         self.trail.append(plan)
         return hidden

@@ -86,19 +86,16 @@ def schedules() -> dict[str, dict]:
         found[f"merge, then select, {share}"] = {"share": share}
     for share in TIMED:
         steps = SpotlighterConfig(share=share).steps(timed)
-        ours, others = as_options(steps), rivals(operations(timed, steps) / operations(timed), timed)
+        ours, others = share_of(steps), rivals(operations(timed, steps) / operations(timed), timed)
         ways = {"merge, then select": ours, "random": ours | {"activation": "random"}}
         ways |= {"merge, r": others["merging"], "EViT": others["evit"]}
         found |= {f"{name}, as a ViT-B/16 at {share}": way for name, way in ways.items()}
     return found
 
 
-def as_options(steps: list[Step]) -> dict:
-    """The options that place these steps, block by block, in any tower of as many blocks and tokens."""
-    *early, last = steps
-    merged = [step.tokens - step.left for step in early if step.merges]
-    cuts = tuple((step.block, step.kept) for step in early if not step.merges)
-    return {"select_block": last.block, "top_k": last.kept, "stages": cuts, "merge": max(merged, default=0)}
+def share_of(steps: list[Step]) -> dict:
+    """The option that places these steps in the bundled tower: what they cost there."""
+    return {"share": operations(BUNDLED, steps) / operations(BUNDLED)}
 
 
 def on_bundled(config: SpotlighterConfig, tower: Tower) -> dict | None:
@@ -110,7 +107,11 @@ def on_bundled(config: SpotlighterConfig, tower: Tower) -> dict | None:
     is_alike = (tower.tokens, tower.blocks) == (BUNDLED.tokens, BUNDLED.blocks)
     if not (is_alike or config.share):
         return None
-    placed = as_options(config.steps(tower)) if is_alike else {"share": config.share}
+    if config.share:
+        placed = share_of(config.steps(tower)) if is_alike else {"share": config.share}
+    else:
+        placed = {"select_block": config.select_block, "top_k": config.top_k, "stages": config.stages}
+        placed["merge"] = config.merge
     return placed | {"activation": config.activation, "fuse_dropped": config.fuse_dropped}
 
 
