@@ -137,7 +137,8 @@ def operations(tower: Tower, way: list[Step] = ()) -> int:
             movable = step.tokens - step.fused
             few = near(movable, step.tokens - step.left)
             total += 2 * (1 + step.tokens + t.prompts) * w * (w // t.heads)  # mean keys
-            total += 2 * (2 * movable + (few // 2) * (few - few // 2)) * (w // t.heads)  # the mean, likeness to it, A × B
+            pairs = (few // 2) * (few - few // 2)  # A × B
+            total += 2 * (2 * movable + pairs) * (w // t.heads)  # the mean key, likeness to it, and in pairs
         else:
             total += 4 * w * w + 2 * t.heads * w * (1 + step.tokens + t.prompts)  # CLS's query, and what it sees
             total += 2 * step.tokens * w * (step.kept < step.tokens and step.fused)  # the mean of what is dropped
