@@ -48,7 +48,7 @@ PRESETS = {
         "prototypes_in": "none",
         "prototype_logits": True,
         "losses": (),
-        "share": 0.5,
+        "share": 0.7,
         "fuse_dropped": True,
     },
 }

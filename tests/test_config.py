@@ -151,7 +151,7 @@ def test_a_share_is_of_the_towers_tokens_and_keeps_no_fewer_than_the_next_cut():
 
 
 def test_a_presets_share_gives_way_to_a_cut_of_ones_own():
-    assert SpotlighterConfig().share == 0.5
+    assert SpotlighterConfig().share == 0.7
     assert SpotlighterConfig(top_k=140).share == 0 and SpotlighterConfig(top_k=140).cuts(144, 6) == [(5, 140)]
     assert SpotlighterConfig(select_block=3).cuts(144, 6) == [(3, 48)]
 

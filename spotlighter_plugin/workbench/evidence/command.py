@@ -40,7 +40,8 @@ def command(
     results: Annotated[Path | None, typer.Option(help="finished rows (default: results/evidence_HOST.npz)")] = None,
     root: Annotated[str, typer.Option(help="folder of the data sets")] = "data",
 ) -> None:
-    """Print the table of evidence: a host, its controls and Spotlighter, base and new, apart and in one label space.
+    """Print the table of evidence: a host, its controls and Spotlighter, base and new, apart and in one label space,
+    and the last of the rows minus each of the others.
 
     Finished rows are kept in one file, so a killed command goes on where it was.
     """
@@ -61,11 +62,11 @@ def command(
     listed, sets = [row.name for row in known], [configuration(file, 1, root).DATASET.NAME for file in files]
     there = [d for d in sets if any(key.dataset == key.source == d for key in kept.facts)]
     seeds = [seed for seed in seeds if any((key.seed, key.shots) == (seed, shots) for key in kept.facts)]
-    found = records(kept, listed, there, seeds, f"{name} + Spotlighter", shots=shots)
+    found = records(kept, listed, there, seeds, shots=shots)
     print_tables(found, console, f"{name}, {shots} shots, each data set for itself")
     moved = [d for d in there if any(key.dataset == d != key.source == sets[0] for key in kept.facts)]
     if moved:
-        others = records(kept, listed, moved, seeds, f"{name} + Spotlighter", source=sets[0], shots=shots)
+        others = records(kept, listed, moved, seeds, source=sets[0], shots=shots)
         print_tables(others, console, f"{name}, {shots} shots, trained on {sets[0]}")
         found += others
     complete = {record.get("method") for record in found}

@@ -18,6 +18,7 @@ from .tasks import Task, configuration
 OPEN = ", open"
 WEIGHTS = (20.0, 5.0, 1.0)  # of L_reg_text
 PROBE = "linear probe"
+HALF = 0.5  # of the host's operations
 TRAINING = ("losses", "lambda1", "lambda2", "lambda3", "lr_multiplier")  # options that a trained host does not meet
 
 
@@ -66,7 +67,9 @@ def rows(kind: Kind) -> list[Row]:
         Row(f"{PROBE}, shots of all classes", _tuned_head(PROBE, ""), (kind.grid, heads.HEADS[PROBE].grid)),
         *(released if host == "CoOp" else ()),
         _with_plugin(kind, ", paper", _trained_with, preset="paper"),
-        _with_plugin(kind, ", random tokens", _attached, activation="random"),
+        _with_plugin(kind, ", all tokens", _attached_to_all),
+        _with_plugin(kind, ", half of the operations, random tokens", _attached, share=HALF, activation="random"),
+        _with_plugin(kind, ", half of the operations", _attached, share=HALF),
         *(() if kind.keeps_tower else (_with_plugin(kind, ", trained together", _trained_with),)),
         _with_plugin(kind, "", _attached),
     ]  # fmt: skip
@@ -74,7 +77,7 @@ def rows(kind: Kind) -> list[Row]:
 
 def _with_plugin(kind: Kind, suffix: str, way: Callable, **options) -> Row:
     config = asdict(SpotlighterConfig(**options))
-    read = {name: value for name, value in config.items() if way is not _attached or name not in TRAINING}
+    read = {name: value for name, value in config.items() if way is _trained_with or name not in TRAINING}
     settings = kind.grid, kind.grid_with_tokens, read
     return Row(f"{kind.trainer} + Spotlighter{suffix}", way(**options), settings)
 
@@ -140,6 +143,16 @@ def _attached(**options):
         fitted = attach(host, SpotlighterConfig(**options), cell.task, cell.learned(host, cell.task), cell.tower)
         share, megabytes = measure(fitted, cell.tower)
         return Made(fitted, host.trained, megabytes, share, best)
+
+    return make
+
+
+def _attached_to_all():
+    """Spotlighter that keeps every token: what its memory is worth alone."""
+
+    def make(cell: Cell) -> Made:
+        n_tokens = len(cell.tower.clip.visual.positional_embedding) - 1
+        return _attached(select_block=-1, top_k=n_tokens)(cell)
 
     return make
 

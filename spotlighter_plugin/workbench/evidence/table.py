@@ -12,9 +12,9 @@ AVERAGE = "average"
 
 
 def records(
-    results: Results, methods: list[str], datasets: list[str], seeds: list[int], ours: str, source=None, shots: int = 16
+    results: Results, methods: list[str], datasets: list[str], seeds: list[int], source=None, shots: int = 16
 ) -> list:
-    """What `--json` writes: accuracies by method and data set, and differences of ``ours`` to every other method.
+    """What `--json` writes: accuracies by method and data set, and differences of the last method to every other.
 
     Only methods with every one of the seeds on every one of the data sets are listed.
 
@@ -40,8 +40,8 @@ def records(
             }
             for dataset, row in means.items()
         ]  # fmt: skip
-    if ours in keys:
-        found += [{**record, **trained_on} for record in _differences(results, keys, ours, found)]
+    if methods[-1] in keys:
+        found += [{**record, **trained_on} for record in _differences(results, keys, methods[-1], found)]
     return found
 
 
