@@ -122,7 +122,6 @@ def test_what_the_bundle_names_is_held_out_again_whatever_else_was_drawn():
     for split in bundle.SPLITS:
         again = np.stack([ink[held[n][split]] for n in dict.fromkeys(names)])
         assert np.array_equal(again, bundle.drawings(split)[0])
-    assert sum(build_icons.written_colours().values()) == max(k for row in index["colour"] for k in row if k) + 1
     with pytest.raises(ValueError, match=r"is held out and was not drawn: take @iconify/json 2\.2\.535, or --choose"):
         build_icons.written(rows[:100])
 

@@ -6,9 +6,8 @@
 
 ``--work`` keeps all drawings (1.5 GB), ``--pack`` gets those for pre-training (``tools/icon_pack.py`` reads them) and
 ``datasets/icons`` those held out for evaluation. What is drawn and what is not is said in ``tools/icon_choice.json``;
-which drawings are held out, and which of them in colour, is written in ``datasets/icons/icons.json``; what is written
-there is drawn. ``--choose`` chooses anew; it compares with limits, and a processor that renders one pixel otherwise may
-choose another drawing.
+which drawings are held out is written in ``datasets/icons/icons.json``, and what is written there is drawn. With
+``--choose`` they are chosen anew, by limits, so one pixel that is rendered otherwise may choose another drawing.
 ``--check`` measures on the bundled files that no test drawing has a near copy among shots or validation.
 """
 
@@ -19,7 +18,6 @@ import re
 import sys
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -82,11 +80,8 @@ def jobs(package: Path) -> list[tuple]:
     return out
 
 
-def draw(some: list[tuple], known: dict[str, bool]) -> tuple:
-    """-> rows (name, set, icon's name, style, coloured?), ink, colours of the coloured ones, masks, silhouettes.
-
-    known: whether "set:icon's name" is coloured, where that is written.
-    """
+def draw(some: list[tuple]) -> tuple:
+    """-> rows (name, set, icon's name, style, coloured?), ink, colours of the coloured ones, masks, silhouettes."""
     rows, ink, colours, alphas = [], [], [], []
     for name, prefix, icon, data, size, style in some:
         try:
@@ -95,7 +90,7 @@ def draw(some: list[tuple], known: dict[str, bool]) -> tuple:
             continue
         if rgba is None or ((drawn := art.ink(rgba)) > 128).sum() < 60:
             continue
-        coloured = known.get(f"{prefix}:{icon}", art.coloured(rgba))
+        coloured = art.coloured(rgba)
         rows.append((name, prefix, icon, "palette" if coloured else style, coloured))
         ink.append(art.levels(drawn))
         alphas.append(rgba[..., 3])
@@ -106,14 +101,14 @@ def draw(some: list[tuple], known: dict[str, bool]) -> tuple:
     return rows, ink, np.array(colours, np.uint8).reshape(-1, *side, 4), art.masks(ink), art.silhouettes(alphas)
 
 
-def draw_all(package: Path, work: Path, known: dict[str, bool]) -> None:
+def draw_all(package: Path, work: Path) -> None:
     """Draw everything with two processes; ``work`` gets rows.json, written last, and four arrays."""
     todo = jobs(package)
     print(f"{len(todo)} icons of {len({j[0] for j in todo})} names", flush=True)
     work.mkdir(parents=True, exist_ok=True)
     got = []
     with ProcessPoolExecutor(2) as pool:
-        for part in pool.map(partial(draw, known=known), [todo[i : i + PART] for i in range(0, len(todo), PART)]):
+        for part in pool.map(draw, [todo[i : i + PART] for i in range(0, len(todo), PART)]):
             got.append(part)
             if len(got) % 20 == 0:
                 print(f"{len(got) * PART} drawn", flush=True)
@@ -151,13 +146,6 @@ def few_colours(rgba: np.ndarray) -> np.ndarray:
     rgb = Image.fromarray(rgba[..., :3]).quantize(COLOURS, dither=Image.Dither.NONE).convert("RGB")
     alpha = art.levels(rgba[..., 3:])
     return np.concatenate([np.asarray(rgb) * (alpha > 0), alpha], -1)
-
-
-def written_colours() -> dict[str, bool]:
-    """Whether each drawing that the bundle names is coloured."""
-    index = bundle.index()
-    rows = zip(index["drawings"], index["colour"], strict=True)
-    return {name: at is not None for row in rows for name, at in zip(*row, strict=True)}
 
 
 def written(rows: list) -> dict:
@@ -251,7 +239,7 @@ def main() -> None:
     if not (args.package and args.work):
         parser.error("--package and --work say where the package lies and where the drawings go")
     if not (args.work / "rows.json").is_file():
-        draw_all(args.package, args.work, {} if args.choose else written_colours())
+        draw_all(args.package, args.work)
     rows = json.loads((args.work / "rows.json").read_text())
     ink, colour, mask, silhouette = (np.load(args.work / f"{w}.npy") for w in ("ink", "colour", "mask", "silhouette"))
     at = np.where([r[4] for r in rows], np.cumsum([r[4] for r in rows]) - 1, -1)
