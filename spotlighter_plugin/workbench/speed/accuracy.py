@@ -35,7 +35,7 @@ PLAIN = {"mapping": "none", "losses": (), "prototype_logits": False, "activation
 UNPLACED = {"merge": 0, "stages": (), "share": 0.0}
 KEPT = {2: (64, 98, 147), 4: (32, 64, 98), 6: (16, 32, 64), 8: (8, 32, 64), 10: (16, 48), 11: (8, 32)}
 EVIT = (0.5, 0.6, 0.7, 0.8)  # share of the tokens that each of three cuts keeps
-MERGED = (4, 8, 12, 16)  # tokens a block
+MERGED = (4, 8, 12, 16, 20, 24)  # tokens a block
 MERGED_THEN_CUT = ((32, 5, 68), (26, 6, 66), (21, 8, 49), (16, 9, 48), (14, 8, 64), (17, 11, 16))  # r, s, k
 SHARES = (0.5, 0.6, 0.7, 0.8, 0.9)
 DOMAINS = "source,pixel"
@@ -75,8 +75,7 @@ def schedules() -> dict[str, dict]:
     for block, k in ((4, 98), (6, 64), (8, 32)):
         found[f"random, s = {block}, k = {k}"] = {"select_block": block, "top_k": k, "activation": "random"}
     for r in MERGED:
-        left = n_tokens - r * (n_blocks - 2)
-        found[f"merge, r = {r}"] = {"select_block": n_blocks - 1, "top_k": left, "merge": r}
+        found[f"merge, r = {r}"] = {"select_block": n_blocks - 1, "top_k": n_tokens, "merge": r}
     for share in EVIT:
         first, second, third = (int(n_tokens * share**i) for i in (1, 2, 3))
         found[f"EViT, {share}"] = {"select_block": 9, "top_k": third, "stages": ((3, first), (6, second))}
