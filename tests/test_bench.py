@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from spotlighter_plugin import cli
+from spotlighter_plugin.config import SpotlighterConfig
 from spotlighter_plugin.method.schedule import operations as counted
 from spotlighter_plugin.method.selector import Selector
 from spotlighter_plugin.workbench.speed import accuracy, bench
@@ -310,3 +311,11 @@ def test_bad_input_is_one_clear_line(flags, names, capsys, tmp_path, monkeypatch
     error = capsys.readouterr().err.strip()
     assert end.value.code == 1 and "\n" not in error
     assert all(name in error for name in names), error
+
+
+@pytest.mark.parametrize("share", [0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
+def test_the_bundled_tower_runs_the_very_blocks_and_tokens_that_a_share_places_in_a_vit_b(share):
+    config = SpotlighterConfig(share=share)
+    tower = accuracy.tower_of("ViT-B/16")
+    placed = accuracy.on_bundled(config, tower)
+    assert accuracy.config_of(placed).steps(accuracy.BUNDLED) == config.steps(tower)

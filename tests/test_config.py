@@ -224,8 +224,8 @@ def test_a_share_leaves_the_last_block_a_cut_that_drops_a_third(share):
 
 
 def test_most_is_merged_early():
-    (_, left), merge = (place(0.5, B16)[0][0], place(0.5, B16)[1])
-    assert merge[0] == 0 and list(merge[1:]) == sorted(merge[1:], reverse=True) and merge[1] > 4 * merge[-1] > 0 < left
+    _, (before_the_first, *merge) = place(0.5, B16)
+    assert before_the_first == 0 and merge == sorted(merge, reverse=True) and merge[0] > 4 * merge[-1] > 0
 
 
 def test_at_most_half_of_what_is_left_is_merged():

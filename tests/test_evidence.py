@@ -95,7 +95,8 @@ def evidence(tmp_path, family, *flags):
 
 
 def test_a_table_is_run_once_written_as_records_and_shown_again(tmp_path, family, capsys):
-    names = ["zero-shot", "CoOp", "CoOp + cache", "CoOp + Gaussian classifier, open", "CoOp + Spotlighter"]
+    names = ["zero-shot", "CoOp", "CoOp + cache", "CoOp + Gaussian classifier, open"]
+    names += ["CoOp + Spotlighter, all tokens", "CoOp + Spotlighter"]
     assert evidence(tmp_path, family, "--rows", *names) == 0
     records = json.loads((tmp_path / "rows.json").read_text())
     accuracies = [record for record in records if "method" in record]
@@ -106,8 +107,9 @@ def test_a_table_is_run_once_written_as_records_and_shown_again(tmp_path, family
     assert {(r["dataset"], r["trained_on"]) for r in moved} == {("TilesDark", "Tiles"), ("average", "Tiles")}
     assert all(set(record) - {"trained_on"} == KEYS for record in accuracies)
     assert all(0 <= record[name] <= 100 for record in accuracies for name in ACCURACIES)
-    spotlighter = next(record for record in own if record["method"] == names[-1])
-    assert 0 < spotlighter["operations_ratio"] < 1 and spotlighter["memory_mb"] > 0
+    whole, spotlighter = (next(record for record in own if record["method"] == name) for name in names[-2:])
+    assert 0 < spotlighter["operations_ratio"] < 1 and spotlighter["memory_mb"] == whole["memory_mb"] > 0
+    assert 1 <= whole["operations_ratio"] < 1.2  # nothing is merged or cut
     differences = [record for record in records if "of" in record]
     assert {kind for r in differences for kind in r if kind.startswith("difference")} == {
         "difference", "difference_new", "difference_one_space",

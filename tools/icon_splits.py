@@ -141,7 +141,10 @@ def choose(rows: list, m: np.ndarray, s: np.ndarray, concepts: list, seed: int =
 
 
 def left_to_learn(rows: list, m: np.ndarray, s: np.ndarray, held: dict, seed: int = 0) -> tuple[dict, dict]:
-    """-> {name: ids} for pre-training, figures: nothing that is held out, nor a copy or a variant of it."""
+    """-> {name: ids} for pre-training, figures: nothing that is held out, nor a copy or a variant of it.
+
+    rows, m, s: as of ``choose``, whose answer is ``held``.
+    """
     by = by_name(rows, seed)
     used = np.concatenate([ids for h in held.values() for ids in h.values()])
     taken = m[used]

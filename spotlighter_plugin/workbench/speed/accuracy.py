@@ -21,7 +21,7 @@ from rich.progress import track
 from rich.table import Table
 
 from ...compat import ROOT
-from ...config import SpotlighterConfig
+from ...config import PLACING, SpotlighterConfig
 from ...files import write_aside
 from ...method import schedule
 from ...method.schedule import Step, Tower, operations, rivals
@@ -109,8 +109,7 @@ def on_bundled(config: SpotlighterConfig, tower: Tower) -> dict | None:
     if config.share:
         placed = share_of(config.steps(tower)) if is_alike else {"share": config.share}
     else:
-        placed = {"select_block": config.select_block, "top_k": config.top_k, "stages": config.stages}
-        placed["merge"] = config.merge
+        placed = {name: getattr(config, name) for name in PLACING}
     return placed | {"activation": config.activation, "fuse_dropped": config.fuse_dropped}
 
 
