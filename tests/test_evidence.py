@@ -138,6 +138,14 @@ def test_rows_of_other_settings_are_run_again_and_other_rows_stay(tmp_path, fami
     assert "seed 1: zero-shot\n" in capsys.readouterr().out
 
 
+def test_without_their_own_training_data_sets_are_judged_by_what_the_first_taught(tmp_path, family):
+    assert evidence(tmp_path, family, "--rows", "zero-shot", "CoOp", "--no-own") == 0
+    records = json.loads((tmp_path / "rows.json").read_text())
+    assert {(r["dataset"], r.get("trained_on")) for r in records if "method" in r} == {
+        ("Tiles", None), ("TilesDark", "Tiles"), ("average", None), ("average", "Tiles"),
+    }  # fmt: skip
+
+
 def test_the_released_algorithm_and_the_papers_steps_learn_from_kept_states(tmp_path, family):
     names = ["CoOp + TextRefiner", "CoOp + Spotlighter, as released", "CoOp + Spotlighter, paper"]
     assert evidence(tmp_path, family[:1], "--rows", *names) == 0

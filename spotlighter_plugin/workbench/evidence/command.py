@@ -36,6 +36,7 @@ def command(
     every: Annotated[int, typer.Option(min=1, help="judge each N-th test picture")] = 1,
     shots: Annotated[int, typer.Option(min=1, help="training pictures a class")] = 16,
     cross: Annotated[bool, typer.Option(help="judge what learned on the first data set on the others, too")] = True,
+    own: Annotated[bool, typer.Option(help="train on each data set (--no-own: on the first alone)")] = True,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the records there")] = None,
     results: Annotated[Path | None, typer.Option(help="finished rows (default: results/evidence_HOST.npz)")] = None,
     root: Annotated[str, typer.Option(help="folder of the data sets")] = "data",
@@ -57,14 +58,14 @@ def command(
     console, kept = Console(), Results(path)
     if not show:
         laboratory = Laboratory(kind, kept, root, FOLDER, again, every, shots)
-        laboratory.run(known, files, list(seeds), files[0] if cross and len(files) > 1 else None)
+        laboratory.run(known, files, list(seeds), files[0] if cross and len(files) > 1 else None, own)
 
     listed, sets = [row.name for row in known], [configuration(file, 1, root).DATASET.NAME for file in files]
     there = [d for d in sets if any(key.dataset == key.source == d for key in kept.facts)]
     seeds = [seed for seed in seeds if any((key.seed, key.shots) == (seed, shots) for key in kept.facts)]
     found = records(kept, listed, there, seeds, shots=shots)
     print_tables(found, console, f"{name}, {shots} shots, each data set for itself")
-    moved = [d for d in there if any(key.dataset == d != key.source == sets[0] for key in kept.facts)]
+    moved = [d for d in sets if any(key.dataset == d != key.source == sets[0] for key in kept.facts)]
     if moved:
         others = records(kept, listed, moved, seeds, source=sets[0], shots=shots)
         print_tables(others, console, f"{name}, {shots} shots, trained on {sets[0]}")
