@@ -51,7 +51,7 @@ def small_bench(host="coop", sweep="", **options):
 @pytest.mark.parametrize("host", ["coop", "maple", "promptkd", "clipfit"])
 def test_a_record_has_exactly_the_promised_keys_on_every_host(host):
     (record,) = small_bench(host).inference()
-    assert list(record) == [*KEYS, "method", *COMPILED]
+    assert list(record) == [*KEYS, "method", *COMPILED, "speedup_limit"]
     assert record["host"] == host and record["select_block"] == 2 and record["device"] == "cpu"
     assert all(record[key] > 0 for key in KEYS if "per_second" in key or "speedup" in key or "memory" in key)
     assert all(record[key] is None for key in COMPILED)
@@ -241,6 +241,21 @@ def test_compiled_rows_are_the_host_and_ours(monkeypatch):
     assert random["images_per_second_host"] is None and random["speedup"] is None
 
 
+@pytest.mark.parametrize("host", ["coop", "maple"])
+def test_the_limit_is_the_host_on_as_few_tokens_as_spotlighter_leaves(host):
+    some, seen = small_bench(host), {True: [], False: []}
+    (wrapper,), short = some.wrappers, [False]
+    for block in wrapper.adapter.layout.blocks:
+        block.attn.register_forward_pre_hook(lambda module, args: seen[short[0]].append(len(args[0])))
+    with torch.no_grad():
+        text = some._kept_texts()
+        seen[False].clear()
+        wrapper(some.images)
+        short[0] = True
+        some._as_short(0, text)
+    assert seen[True] == seen[False] and seen[True][-1] < seen[True][0]
+
+
 def test_a_sweep_is_every_combination():
     settings = bench.swept({"backbone": SMALL}, "select_block=1,-1,top_k=4,8,16")
     assert [(s.select_block, s.top_k) for s in settings] == [(1, 4), (1, 8), (1, 16), (-1, 4), (-1, 8), (-1, 16)]
@@ -263,7 +278,8 @@ def test_the_command_writes_records_and_a_picture(tmp_path, capsys):
     records = json.loads((tmp_path / "bench.json").read_text())
     assert [record["batch_size"] for record in records] == [1] * 8 + [4] * 8
     assert {record["top_k"] for record in records if record["method"] == "random"} == {4, 8}
-    assert list(records[0]) == [*KEYS, "method", *COMPILED, *JUDGED]
+    assert list(records[0]) == [*KEYS, "method", *COMPILED, "speedup_limit", *JUDGED]
+    assert all((record["speedup_limit"] is None) == (record["method"] != "spotlighter") for record in records)
     assert "<svg" in (tmp_path / "speed.svg").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.json", "speed.svg"]
     printed = capsys.readouterr().out

@@ -154,7 +154,7 @@ class Pass:
         finally:
             self.is_choosing = False
         self.n_now, self.bias = len(hidden) - self.layout.n_lead - self.n_prompts, self._bias_of(self.sizes)
-        return self._shortened(_with_hidden(args[0], self._turned_back(hidden)), args[1:], kwargs)
+        return self._shortened(with_hidden(args[0], self._turned_back(hidden)), args[1:], kwargs)
 
     def bias_for(self, query: Tensor) -> Tensor:
         """``bias`` of a sequence into which the block itself has put further prompts of the host's: (B, S)."""
@@ -209,7 +209,7 @@ class Pass:
 
     def _run(self, first, hidden, sizes=None):
         (args, kwargs), before, self.bias = self._came[first], self.bias, self._bias_of(sizes)
-        stream = _with_hidden(args[0], hidden)
+        stream = with_hidden(args[0], hidden)
         rest = len(self._lengthwise(stream)) - self.n_prompts
         for block in self.layout.blocks[first:]:
             args, kwargs = self._shortened(stream, args[1:], kwargs)
@@ -291,5 +291,6 @@ def hidden_of(stream) -> Tensor:
     return stream[0] if isinstance(stream, (list, tuple)) else stream
 
 
-def _with_hidden(stream, hidden: Tensor):
+def with_hidden(stream, hidden: Tensor):
+    """What blocks pass on, with other hidden states."""
     return [hidden, *stream[1:]] if isinstance(stream, (list, tuple)) else hidden

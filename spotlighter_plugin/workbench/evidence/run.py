@@ -31,9 +31,7 @@ class Laboratory:
     _towers: dict = field(default_factory=dict)
     _tasks: dict = field(default_factory=dict)
 
-    def run(
-        self, rows: list[Row], datasets: list[str], seeds: list[int], source: str | None, own: bool = True
-    ) -> None:
+    def run(self, rows: list[Row], datasets: list[str], seeds: list[int], source: str | None, own: bool = True) -> None:
         """Make every row that the results do not hold as it is made today.
 
         source: what is trained there is judged on the other data sets, too; None: nowhere.

@@ -19,13 +19,13 @@ from rich.table import Table
 
 from ...config import PRESETS, SpotlighterConfig
 from ...files import write_aside
-from ...method.schedule import Step, Tower, groups, rivals
+from ...method.schedule import Step, Tower, groups, lengths, rivals
 from ...method.schedule import operations as counted
 from ...towers.clip import BUNDLED
 from ...towers.prompts import normalize
 from ...wrapper import SpotlighterWrapper
 from . import accuracy
-from .bench_hosts import DTYPES, HOSTS, SHAPES, build_host, logits_of, shape_of, texts_alone, upstream_logits
+from .bench_hosts import DTYPES, HOSTS, SHAPES, build_host, logits_of, shape_of, sliced, texts_alone, upstream_logits
 from .stopwatch import OUTSIDE, STAGES, alternate, operations, peak_memory, stages
 
 METHODS = ("spotlighter", "random", "merging", "evit")
@@ -130,19 +130,23 @@ class Bench:
         return wrapper
 
     @torch.no_grad()
-    def inference(self, upstream: bool = True, compiled: bool = False, tick=lambda: None) -> list[dict]:
+    def inference(
+        self, upstream: bool = True, compiled: bool = False, limit: bool = False, tick=lambda: None
+    ) -> list[dict]:
         """A record per setting, with the keys that `--json` writes; None for what is not timed.
 
         upstream: the host with texts on every batch, too. compiled: host and Spotlighter as one graph each, too.
+        limit: the host on as few tokens as Spotlighter leaves each block, sliced off for nothing, too.
         """
         text, images = self._kept_texts(), self.images
         legs = {"upstream": lambda: upstream_logits(self.host, images)} if upstream else {}
         legs["cached"] = lambda: logits_of(self.host, images, text)
         legs |= {number: partial(_call, wrapper, images) for number, wrapper in enumerate(self.wrappers)}
         eager = {name: work for name, work in legs.items() if name != "upstream"}
+        ours = [number for number, setting in enumerate(self.settings) if setting.method == "spotlighter"]
+        legs |= {(number, "limit"): partial(self._as_short, number, text) for number in ours if limit}
         if compiled:
             torch._dynamo.reset()
-            ours = [number for number, setting in enumerate(self.settings) if setting.method == "spotlighter"]
             legs |= {(name, "compiled"): _compiled(eager[name]) for name in ("cached", *ours)}
         taken = alternate(legs, self.setting.runs, self.device, tick)
         memory = {name: peak_memory(work, self.device) for name, work in eager.items()}
@@ -169,6 +173,9 @@ class Bench:
                     if (number, "compiled") in taken
                     else None
                 ),
+                "speedup_limit": _ratio(taken["cached"], taken[number, "limit"])
+                if (number, "limit") in taken
+                else None,
             }
             for number, (setting, wrapper) in enumerate(zip(self.settings, self.wrappers, strict=True))
         ]
@@ -226,6 +233,12 @@ class Bench:
         """Seconds of each stage of an inference pass, per setting."""
         self._kept_texts()
         return [stages(wrapper, self.images, self.setting.runs, self.device) for wrapper in self.wrappers]
+
+    def _as_short(self, number, text):
+        """The host with each block as short as with this wrapper."""
+        setting = self.settings[number]
+        with sliced(self.wrappers[number].adapter.layout.blocks, lengths(setting.tower, setting.steps)):
+            return logits_of(self.host, self.images, text)
 
     def _kept_texts(self):
         """Texts (C, d) that were encoded before, random ones in their place; the wrappers keep them as their own."""
@@ -340,6 +353,8 @@ def inference_table(settings: list[Setting], records: list[dict]) -> Table:
         if r["speedup_compiled"] is not None:
             rate, ratio = r["images_per_second_spotlighter_compiled"], r["speedup_compiled"]
             table.add_row("  compiled", "", "", "", f"{rate:.1f}", f"×{ratio:.2f}")
+        if r["speedup_limit"] is not None:
+            table.add_row("  limit", "", "", "", "", f"×{r['speedup_limit']:.2f}")
     table.title = f"images/s: {_title(host)}"
     table.caption = CAPTION.format(**host)
     return table
@@ -382,7 +397,8 @@ def operations_table(settings: list[Setting], counted: list[tuple[int, int]]) ->
 CAPTION = (
     "/host: over the host with kept texts, compiled over compiled; right, same: the same blocks and tokens (or share "
     "of the operations) on the bundled tower, zero-shot, in points of accuracy with a 95 % interval, and answers that "
-    "are the host's; {memory_mb:.1f} MB kept for {classes} classes"
+    "are the host's; limit: the host on as few tokens, sliced off for nothing; "
+    "{memory_mb:.1f} MB kept for {classes} classes"
 )
 app = typer.Typer(add_completion=False)
 
@@ -410,7 +426,10 @@ def command(
         bool, typer.Option(help="time the host with texts on every batch, too; in training, with each text alone")
     ] = True,
     others: Annotated[
-        bool, typer.Option("--others", help=f"{', '.join(METHODS[1:])} at the same share of the operations, too")
+        bool,
+        typer.Option(
+            "--others", help=f"{', '.join(METHODS[1:])} at the same share of the operations, and the limit, too"
+        ),
     ] = False,
     compiled: Annotated[bool, typer.Option("--compiled", help="host and each row as one graph, too")] = False,
     judged: Annotated[
@@ -448,9 +467,10 @@ def command(
         bench = Bench(group)
         with Progress(console=Console(stderr=True), transient=True) as bar:
             legs = (len(group) + 1) * (1 + compiled) + upstream
+            legs += sum(setting.method == "spotlighter" for setting in group) * others
             task = bar.add_task(f"{host}, {backbone}, batch {size}", total=legs * (runs + 1))
             tick = lambda task=task, bar=bar: bar.advance(task)  # noqa: E731
-            found = bench.training(upstream, tick) if train else bench.inference(upstream, compiled, tick)
+            found = bench.training(upstream, tick) if train else bench.inference(upstream, compiled, others, tick)
         if not train:
             found = [judge(kept, setting, record, judged) for setting, record in zip(group, found, strict=True)]
         console.print((training_table if train else inference_table)(group, found))

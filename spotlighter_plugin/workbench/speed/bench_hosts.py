@@ -4,11 +4,13 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 
 import torch
 from clip.model import CLIP
 from torch import nn
 
+from ...method.token_stream import hidden_of, with_hidden
 from ...towers.clip import apply_precision
 from ...towers.prompts import normalize
 from ..training.settings import import_trainers_and_datasets
@@ -131,6 +133,23 @@ def texts_alone(host: nn.Module) -> Iterator[None]:
         yield
     finally:
         learner.shared = shared
+
+
+@contextmanager
+def sliced(blocks: list[nn.Module], lengths: list[int]) -> Iterator[None]:
+    """Leave off the last positions of what enters the blocks, until each sees as many as ``lengths`` say: the least
+    that any choice of so many tokens takes, for a host alone."""
+
+    def hook(fewer):
+        return lambda block, args: (with_hidden(args[0], hidden_of(args[0])[: -fewer or None]), *args[1:])
+
+    pairs = zip(blocks[1:], pairwise(lengths), strict=True)
+    handles = [block.register_forward_pre_hook(hook(before - after)) for block, (before, after) in pairs]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
