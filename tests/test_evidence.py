@@ -248,8 +248,11 @@ def test_features_are_kept_by_what_a_picture_holds(tmp_path, family, monkeypatch
     assert asked == [task.shots.paths[:2]]
 
 
-@pytest.mark.parametrize(("host", "options"), [("coop", {}), ("coop", {"merge": 4, "top_k": 24}), ("kgcoop", {})])
-def test_spotlighter_on_kept_states_answers_as_on_pictures(tmp_path, family, host, options):
+@pytest.mark.parametrize(
+    ("host", "options"), [("coop", {}), ("coop", {"merge": 4, "top_k": 24}), ("kgcoop", {}), ("maple", {})]
+)
+def test_spotlighter_on_kept_states_answers_as_on_pictures(tmp_path, family, monkeypatch, host, options):
+    monkeypatch.setitem(hosts.TUNED, "maple", ("MaPLe", ((0.5, 1, 12),)))
     cell = Cell(hosts.kind_of(host),
         family[0], 1, str(tmp_path), task_of(tmp_path, family),
         FrozenTower(configuration(family[0], 1, str(tmp_path)), tmp_path), tmp_path,

@@ -15,7 +15,7 @@ from ...wrapper import SpotlighterWrapper
 from ..speed.stopwatch import operations
 from .hosts import PICTURES, Host, View
 from .judge import Answers, answers_of
-from .tasks import FrozenTower, Scenes, Task
+from .tasks import FrozenTower, Scenes, Task, chunks
 
 BATCH = 256  # pictures in one pass of the tower's rest
 ALIKE = 0.05  # how far logits from kept states may be off those from pictures, in units of their spread
@@ -35,6 +35,7 @@ class Attached:
     state: dict
     block: int | str
     _texts: dict = field(default_factory=dict)
+    _seen: dict = field(default_factory=dict)
 
     def wrapper(self, names: list[str], device) -> SpotlighterWrapper:
         wrapper = SpotlighterWrapper(self.host.model(names, device), self.config, class_names=list(names)).to(device)
@@ -75,15 +76,20 @@ class Attached:
 
     @property
     def looks_alike(self) -> bool:
-        """Whether an image's embedding is the same whatever the texts, the host and the shots: it is kept on disk."""
+        """Whether an image's embedding is the same whatever the texts and the shots."""
         config = self.config
-        plain = config.mapping == "none" and not config.semantic_activation and config.activation != "lens"
-        return plain and self.host.keeps_tower
+        return config.mapping == "none" and not config.semantic_activation and config.activation != "lens"
 
+    @torch.no_grad()
     def embeddings(self, wrapper: SpotlighterWrapper, paths: list[str], tower: FrozenTower) -> Tensor:
-        """v of pictures as the wrapper sees them: (n, d)."""
-        way = repr((wrapper.steps, self.config.activation, self.config.fuse_dropped, self.config.seed))
-        return tower.features(paths, hashlib.blake2b(way.encode(), digest_size=4).hexdigest(), wrapper.image_embeddings)
+        """v of pictures as the wrapper sees them, (n, d); where the host's tower is CLIP's own, kept on disk."""
+        if self.host.keeps_tower:
+            way = repr((wrapper.steps, self.config.activation, self.config.fuse_dropped, self.config.seed))
+            name = hashlib.blake2b(way.encode(), digest_size=4).hexdigest()
+            return tower.features(paths, name, wrapper.image_embeddings)
+        for part in chunks([path for path in dict.fromkeys(paths) if path not in self._seen]):
+            self._seen |= zip(part, wrapper.image_embeddings(tower.pictures(part)).float(), strict=True)
+        return torch.stack([self._seen[path] for path in paths])
 
 
 def attach(host: Host, config: SpotlighterConfig, task: Task, learned: Task, tower: FrozenTower) -> Attached:
