@@ -107,6 +107,17 @@ def test_every_data_set_that_a_protocol_names_has_a_config():
     assert len(Plan("crossdataset", ("CoOp",), seeds=(1,)).chains()[0]) == len(ELEVEN)
 
 
+def test_the_files_of_a_host_serve_its_spotlighter_where_that_has_none_of_the_name(home):
+    def file_of(config):
+        (run, *_), *_ = plan(home, hosts=("CoOpSpotlighter",), config=config).chains()
+        return run.flags[run.flags.index("--config-file") + 1]
+
+    assert file_of("vit_b16") == "configs/trainers/CoOp/vit_b16.yaml"
+    assert file_of("default") == "configs/trainers/CoOpSpotlighter/default.yaml"
+    (home / "configs/trainers/CoOpSpotlighter/vit_b16.yaml").write_text("")
+    assert file_of("vit_b16") == "configs/trainers/CoOpSpotlighter/vit_b16.yaml"
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from ..reports.report import FORMATS, PAPER, Accuracies, Table, base2new_average, datasets_of
 from ..reports.results import find_results
-from ..training.runs import config_folder
+from ..training.runs import config_files
 from .launch import LAUNCHERS
 from .plan import HERE, ICONS, Plan, Run
 from .sweep import ListOptions, sweep
@@ -99,8 +99,8 @@ class Ablation:
         for host in self.plan.hosts:
             cfg = CfgNode({"TRAINER": {}})
             extend_cfg(cfg)
-            file = config_folder(self.plan.home, host) / f"{self.plan.config}.yaml"
-            if file.exists():  # a file that is missing is named by the plan
+            file = config_files(self.plan.home, host).get(self.plan.config)
+            if file:  # one that is missing is named by the plan
                 written = CfgNode.load_cfg(file.read_text()).get("TRAINER", {}).get("SPOTLIGHTER", CfgNode())
                 cfg.TRAINER.SPOTLIGHTER.merge_from_other_cfg(written)
             cfg.merge_from_list([part for pair in pairs if pair[0].startswith(KEY) for part in pair])

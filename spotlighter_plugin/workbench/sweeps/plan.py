@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...compat import ROOT as HERE
-from ..training.runs import config_folder, read_run, same, unsaved
+from ..training.runs import config_files, read_run, same, unsaved
 
 ELEVEN = ["imagenet", "caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101", "fgvc_aircraft"]
 ELEVEN += ["sun397", "dtd", "eurosat", "ucf101"]
@@ -122,7 +122,7 @@ class Plan:
         found = next((host for host in served if host.lower() == name.lower()), None)
         if found is None:
             raise ValueError(f"unknown host {name!r}: configs/trainers has {', '.join(sorted(known)) or 'none'}")
-        configs = sorted(path.stem for path in config_folder(self.home, found).glob("*.yaml"))
+        configs = sorted(config_files(self.home, found))
         if self.config not in configs:
             raise ValueError(f"--config {self.config}: {found} has {', '.join(configs) or 'none'}")
         return found
@@ -145,7 +145,7 @@ class Plan:
         folder = Path(self.output, folder, f"seed{seed}")
         flags = ["--root", self.root, "--seed", seed, "--trainer", host, "--output-dir", folder]
         flags += ["--dataset-config-file", f"configs/datasets/{dataset}.yaml"]
-        flags += ["--config-file", f"{config_folder(self.home, host).relative_to(self.home)}/{self.config}.yaml"]
+        flags += ["--config-file", str(config_files(self.home, host)[self.config].relative_to(self.home))]
         if needs is not None or host == ZERO_SHOT:
             flags += ["--eval-only", *(["--model-dir", needs] if needs else [])]
         options = (*settings, *self.options)

@@ -18,10 +18,11 @@ MARKS = re.compile(
 EPOCH = re.compile(r"epoch \[(\d+)/(\d+)\](?:\s*(?:batch )?\[(\d+)/(\d+)\])?")
 
 
-def config_folder(home: Path, trainer: str) -> Path:
-    """Where a trainer's configuration files are; those of XSpotlighter are X's where it has none of its own."""
-    own = Path(home, "configs", "trainers", trainer)
-    return own if own.is_dir() else own.with_name(trainer.removesuffix("Spotlighter") or "-")
+def config_files(home: Path, trainer: str) -> dict[str, Path]:
+    """A trainer's configuration files by name; XSpotlighter has those of X, too, where it has none of that name."""
+    owners = [name for name in (trainer.removesuffix("Spotlighter"), trainer) if name]
+    folders = (Path(home, "configs/trainers", owner) for owner in owners)
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
 
 
 @dataclass(frozen=True)

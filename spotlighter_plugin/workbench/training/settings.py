@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 
 from ...compat import ROOT
 from ...files import regular
-from .runs import config_folder
+from .runs import config_files
 
 DEFAULT_SEED = 1
 DEFAULT_BACKBONE = "ViT-B/16"
@@ -101,10 +101,10 @@ def setup_cfg(args, modules=()) -> CfgNode:
     defaults = flat(cfg)
     if args.dataset_config_file:
         _merge_file(cfg, "--dataset-config-file", args.dataset_config_file)
-    default = config_folder(ROOT, args.trainer) / "default.yaml"
+    default = config_files(ROOT, args.trainer).get("default")
     if args.config_file:
         _merge_file(cfg, "--config-file", args.config_file)
-    elif args.trainer and default.is_file():
+    elif default:
         _merge_file(cfg, "--config-file", default)
     _merge_flags(cfg, args)
     _merge_options(cfg, args.opts)
