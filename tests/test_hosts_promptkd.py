@@ -8,7 +8,7 @@ from method_kit import save_random_clip
 
 from spotlighter_plugin.hosts import adapter_for
 from spotlighter_plugin.hosts.promptkd import classes_of_split, distillation_loss
-from spotlighter_plugin.method.memory import UNJUDGED
+from spotlighter_plugin.method.memory import GUESSED, UNJUDGED
 from spotlighter_plugin.towers.clip import load_clip, tokenize
 from spotlighter_plugin.towers.prompts import normalize
 from trainers.promptsrc import ENSEMBLE, gaussian_weights
@@ -154,7 +154,7 @@ def test_promptkd_remembers_all_classes_by_the_teachers_labels_and_never_sees_a_
     trainer.val_loader = trainer.test_loader = None
     capsys.readouterr()
     trainer._remember()  # needs neither; the teacher's guesses do not judge what is filed under them
-    assert (trainer.model.plugin.memory.weight == UNJUDGED).all()
+    assert trainer.model.plugin.memory.weight.tolist() == pytest.approx([UNJUDGED, GUESSED])
     assert "guessed labels cannot judge it" in capsys.readouterr().out
 
 

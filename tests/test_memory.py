@@ -162,8 +162,8 @@ def test_a_choice_is_never_worse_than_the_host_on_what_was_left_out(n_classes, s
 )
 def test_what_cannot_be_judged_gets_a_fixed_weight_and_says_why(rows, judged, why):
     kept = remembered(rows, judged=judged)
-    one_shot = rows.bincount().max() == 1
-    assert kept.weight.tolist() == pytest.approx([memory.UNJUDGED / (4 if one_shot else 1), memory.UNJUDGED])
+    one_shot, closed = rows.bincount().max() == 1, memory.UNJUDGED if judged else memory.GUESSED
+    assert kept.weight.tolist() == pytest.approx([memory.UNJUDGED / (4 if one_shot else 1), closed])
     assert why in kept.choice.describe()
     logits = kept.add_to(torch.zeros(2, 5), unit(2, D, seed=3), kept.evidence())
     assert logits.isfinite().all()

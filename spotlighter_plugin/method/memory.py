@@ -21,7 +21,8 @@ from .classes import NamedClasses
 ENSEMBLE = (0.0, 0.5, 1.0)  # shares of the template ensemble in the texts
 DAMPING = (0.0, 0.25, 0.5, 0.75)  # exponents with which texts see what images of one class differ by
 WEIGHTS = (0.0, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)  # of the evidence
-UNJUDGED = 0.1  # the weight where no label or no second shot can judge it
+UNJUDGED = 0.1  # the weight where no label or no second shot can judge it, and
+GUESSED = 1.6  # where every class was shown, if by images enough that are filed under guesses
 TOLERATED = 0.002  # share of the images of unknown classes that a choice may lose
 CENTRED = 0.5  # share of the common mean that is taken off where texts are damped
 EVEN = 0.5  # share of the mean variance in damping; 1 damps nothing
@@ -277,7 +278,8 @@ def weigh(
     if not judged or len(classes) < 2 or parts < 3:
         why = "guessed labels" if not judged else "one class" if len(classes) < 2 else "fewer than three shots a class"
         beside_unknown = UNJUDGED if place.any() else UNJUDGED / 4  # of one shot nobody knows by what images differ
-        fixed = shares[-1], dampings[len(dampings) // 2], beside_unknown, UNJUDGED
+        closed = UNJUDGED if judged or parts < 3 else GUESSED
+        fixed = shares[-1], dampings[len(dampings) // 2], beside_unknown, closed
         return Choice(*fixed, float("nan"), float("nan"), why)
     generator = torch.Generator().manual_seed(0)
     grid = list(product(shares, dampings, WEIGHTS))
