@@ -13,7 +13,8 @@ from PIL import Image
 
 from spotlighter_plugin.cli import main
 from spotlighter_plugin.config import SpotlighterConfig
-from spotlighter_plugin.workbench.evidence import command, hosts, plugin
+from spotlighter_plugin.method import memory
+from spotlighter_plugin.workbench.evidence import command, guessed, hosts, plugin
 from spotlighter_plugin.workbench.evidence.cell import Cell
 from spotlighter_plugin.workbench.evidence.judge import Answers, Exam
 from spotlighter_plugin.workbench.evidence.results import Key, Results
@@ -201,6 +202,11 @@ def test_a_taught_student_files_pictures_of_all_classes_under_its_teachers_label
     with torch.no_grad():
         said = host.model(list(NAMES), "cpu").teacher(tower.pictures(learned.shots.paths)).argmax(1)
     assert torch.equal(learned.shots.labels, said)
+    weights, attach, kept = [], guessed.attach, memory.GUESSED
+    monkeypatch.setattr(guessed, "attach", lambda *given: weights.append(attach(*given).state) or attach(*given))
+    found = guessed.sweep(cell, (0.0, 3.0))
+    said = [next(v for name, v in state.items() if name.endswith("memory.weight")).tolist() for state in weights]
+    assert said == [pytest.approx([memory.UNJUDGED, weight]) for weight in found] and kept == memory.GUESSED
 
 
 @pytest.mark.parametrize(
