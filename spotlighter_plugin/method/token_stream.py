@@ -291,6 +291,6 @@ def hidden_of(stream) -> Tensor:
     return stream[0] if isinstance(stream, (list, tuple)) else stream
 
 
-def with_hidden(stream, hidden: Tensor):
+def with_hidden(stream, hidden: Tensor) -> Tensor | list:
     """What blocks pass on, with other hidden states."""
     return [hidden, *stream[1:]] if isinstance(stream, (list, tuple)) else hidden
