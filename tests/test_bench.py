@@ -252,7 +252,7 @@ def test_the_limit_is_the_host_on_as_few_tokens_as_spotlighter_leaves(host):
         seen[False].clear()
         wrapper(some.images)
         short[0] = True
-        some._as_short(0, text)
+        some._as_short(0, text)()
     assert seen[True] == seen[False] and seen[True][-1] < seen[True][0]
 
 

@@ -144,7 +144,7 @@ class Bench:
         legs |= {number: partial(_call, wrapper, images) for number, wrapper in enumerate(self.wrappers)}
         eager = {name: work for name, work in legs.items() if name != "upstream"}
         ours = [number for number, setting in enumerate(self.settings) if setting.method == "spotlighter"]
-        legs |= {(number, "limit"): partial(self._as_short, number, text) for number in ours if limit}
+        legs |= {(number, "limit"): self._as_short(number, text) for number in ours if limit}
         if compiled:
             torch._dynamo.reset()
             legs |= {(name, "compiled"): _compiled(eager[name]) for name in ("cached", *ours)}
@@ -235,10 +235,15 @@ class Bench:
         return [stages(wrapper, self.images, self.setting.runs, self.device) for wrapper in self.wrappers]
 
     def _as_short(self, number, text):
-        """The host with each block as short as with this wrapper."""
-        setting = self.settings[number]
-        with sliced(self.wrappers[number].adapter.layout.blocks, lengths(setting.tower, setting.steps)):
-            return logits_of(self.host, self.images, text)
+        """A call of the host with each block as short as with this wrapper."""
+        blocks, setting = self.wrappers[number].adapter.layout.blocks, self.settings[number]
+        seen = lengths(setting.tower, setting.steps)
+
+        def call():
+            with sliced(blocks, seen):
+                return logits_of(self.host, self.images, text)
+
+        return call
 
     def _kept_texts(self):
         """Texts (C, d) that were encoded before, random ones in their place; the wrappers keep them as their own."""
