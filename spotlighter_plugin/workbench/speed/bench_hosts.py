@@ -137,8 +137,8 @@ def texts_alone(host: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def sliced(blocks: list[nn.Module], lengths: list[int]) -> Iterator[None]:
-    """Leave off the last positions of what enters the blocks, until each sees as many as ``lengths`` say: the least
-    that any choice of so many tokens takes, for a host alone."""
+    """Leave off the last positions of what enters the blocks, (S, B, w), until each sees as many as ``lengths``, an
+    entry a block, say: the least that any choice of so many tokens takes, for a host alone."""
 
     def hook(fewer):
         return lambda block, args: (with_hidden(args[0], hidden_of(args[0])[: -fewer or None]), *args[1:])
